@@ -1,0 +1,249 @@
+"""Feed-forward layers: dense MLP, router, routed experts and shared expert.
+
+Letters: R rows (all tokens of a batch), H hidden size, I inner size, E experts, K experts per token.
+
+    x (R, H)
+      Router    s = sigmoid(x W^T) in fp32, (R, E)
+                choose the K best of s + e_score_correction_bias, within the best groups
+                weights = s at the chosen, divided by their sum, times routed_scaling_factor
+      Experts   sum_k weights_k * down(silu(gate(x)) * up(x)) of expert k, summed in fp32
+      + shared_experts(x)
+
+The correction bias only selects: it was trained to balance load without an auxiliary loss (DeepSeek-V3,
+arXiv:2412.19437 section 2.1.2) and never scales an output.
+
+A layer's experts are three stacks, one for each projection: `weight_packed` is (E, N, M/8) int32, where the checkpoint
+has E matrices named `experts.{e}.gate_proj.weight_packed`. Stacking makes a model of 61 layers in milliseconds and
+hands a kernel one pointer; state_dict() and load_state_dict() speak the checkpoint's names.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_kimi import KimiK25TextConfig
+from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, int4_linear
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), no biases. The dense first layer and the shared expert."""
+
+    def __init__(self, hidden_size: int, inner_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, inner_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, inner_size, bias=False)
+        self.down_proj = nn.Linear(inner_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def route(
+    scores: torch.Tensor, bias: torch.Tensor, top_k: int, n_group: int, topk_group: int
+) -> torch.Tensor:
+    """Chooses `top_k` experts by scores + bias, both fp32, from the `topk_group` best groups: (R, E) to (R, K) ids.
+
+    A group's score is the sum of its two best. Closed groups get -inf, not 0: with negative biases an open
+    expert may lie below 0.
+    """
+    choice = scores + bias
+    if topk_group < n_group:
+        grouped = choice.unflatten(-1, (n_group, -1))  # (R, G, E/G)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(topk_group, dim=-1).indices  # (R, topk_group)
+        closed = torch.ones(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter(1, best, False)
+        choice = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
+    return choice.topk(top_k, dim=-1, sorted=False).indices
+
+
+class Router(nn.Module):
+    """Chooses experts and their weights for each row. Not an nn.Linear: quantizers would pack it by its class."""
+
+    def __init__(self, config: KimiK25TextConfig):
+        super().__init__()
+        self.top_k, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
+        self.norm_topk_prob, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.e_score_correction_bias = nn.Parameter(
+            torch.zeros(config.n_routed_experts, dtype=torch.float32), requires_grad=False
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R, H) to topk_ids (R, K) int64 and topk_weights (R, K) fp32."""
+        with torch.autocast(x.device.type, enabled=False):
+            # fp32: scores in bf16 tie, and ties swap experts.
+            scores = F.linear(x.float(), self.weight.float()).sigmoid()  # (R, E)
+        with torch.no_grad():
+            topk_ids = route(scores, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group)
+        topk_weights = scores.gather(-1, topk_ids)
+        if self.norm_topk_prob:
+            topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
+        return topk_ids, topk_weights * self.scaling
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        return _apply_keeping_dtype(self, fn, ("e_score_correction_bias",))
+
+
+class ExpertStack(nn.Module):
+    """One projection (N outputs, M inputs) of all E experts of a layer, packed or dense.
+
+    Parameters: `weight_packed` (E, N, M/8) int32, `weight_scale` (E, N, M/32), `weight_shape` (E, 2) int32; or, without
+    quantization, `weight` (E, N, M). Packed ones start as zeros and are never touched by weight initialisation; they
+    keep their dtypes through `.to(dtype)`, so that what is saved is what was read.
+
+    state_dict() gives the checkpoint's names, one for each expert. Hooks that move weights (accelerate's) ask by
+    parameter name instead; `stacked_names` is set while they are being attached.
+    """
+
+    stacked_names = False
+
+    def __init__(self, num_experts: int, out_features: int, in_features: int, packed: bool):
+        super().__init__()
+        self.num_experts, self.out_features, self.in_features = num_experts, out_features, in_features
+        self.packed = packed
+        if not packed:
+            self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+            return
+        rows = (num_experts, out_features)
+        packed_shape, scale_shape = (*rows, in_features // CODES_PER_WORD), (*rows, in_features // GROUP_SIZE)
+        matrix = torch.tensor([out_features, in_features], dtype=torch.int32)
+        for name, tensor in (
+            ("weight_packed", torch.zeros(packed_shape, dtype=torch.int32)),
+            ("weight_scale", torch.zeros(scale_shape, dtype=torch.bfloat16)),
+            ("weight_shape", matrix.repeat(num_experts, 1)),
+        ):
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """x (R, M) through one expert's matrix, (R, N)."""
+        if self.packed:
+            return int4_linear(x, self.weight_packed[expert], self.weight_scale[expert])
+        return F.linear(x, self.weight[expert])
+
+    def num_weights(self) -> int:
+        """Logical weights: one for each int4 code, none for scales and shapes."""
+        return self.num_experts * self.out_features * self.in_features
+
+    def extra_repr(self) -> str:
+        kind = "int4" if self.packed else "dense"
+        return f"{self.num_experts} experts, {self.in_features} -> {self.out_features}, {kind}"
+
+    def published_names(self, prefix: str) -> Iterator[tuple[str, list[str]]]:
+        """(parameter name, the E names of its slices) for a stack at `prefix`, e.g. `model.layers.1.mlp.experts.up_proj.`"""
+        owner, _, projection = prefix.rstrip(".").rpartition(".")
+        owner, projection = owner and f"{owner}.", projection and f"{projection}."
+        for name in self._parameters:
+            yield name, [f"{owner}{expert}.{projection}{name}" for expert in range(self.num_experts)]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.stacked_names:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        for name, names in self.published_names(prefix):
+            parameter = self._parameters[name]
+            destination.update(zip(names, (parameter if keep_vars else parameter.detach()).unbind(), strict=True))
+
+    def load_published(self, state_dict: dict, prefix: str, missing: list[str], errors: list[str]) -> None:
+        """Copies in the E slices of each parameter found under their published names."""
+        for name, names in self.published_names(prefix):
+            parameter = self._parameters[name]
+            missing.extend(key for key in names if key not in state_dict)
+            for expert, key in enumerate(names):
+                given = state_dict.get(key)
+                if given is not None and given.shape != parameter.shape[1:]:
+                    errors.append(f"{key} has shape {tuple(given.shape)}, expected {tuple(parameter.shape[1:])}")
+                elif given is not None:
+                    with torch.no_grad():
+                        parameter[expert].copy_(given)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Left to Experts: torch shows a module only the keys below its own name, and `0.gate_proj.` is not."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        return _apply_keeping_dtype(self, fn, ("weight_scale",) if self.packed else ())
+
+
+class Experts(nn.Module):
+    """The routed experts of one layer."""
+
+    def __init__(self, config: KimiK25TextConfig):
+        super().__init__()
+        experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        packed = config.expert_quantization is not None
+        self.gate_proj = ExpertStack(experts, inner, width, packed)
+        self.up_proj = ExpertStack(experts, inner, width, packed)
+        self.down_proj = ExpertStack(experts, width, inner, packed)
+
+    def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """x (R, H), ids (R, K), weights (R, K) fp32 to the weighted sum of the chosen experts, (R, H) fp32."""
+        return run_experts(x, topk_ids, topk_weights, self.gate_proj, self.up_proj, self.down_proj)
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
+    ) -> None:
+        """Loads the three stacks, and reports keys below it that none of them knows."""
+        known: set[str] = set()
+        for projection, stack in self.named_children():
+            stack.load_published(state_dict, f"{prefix}{projection}.", missing, errors)
+            known.update(key for _, names in stack.published_names(f"{prefix}{projection}.") for key in names)
+        if strict:
+            unexpected.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+
+
+def run_experts(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate: ExpertStack,
+    up: ExpertStack,
+    down: ExpertStack,
+) -> torch.Tensor:
+    """The seam where faster backends plug in; this is the plain reference.
+
+    Sorts the R * K (row, choice) pairs by expert, runs each expert that was chosen on its rows, and adds the weighted
+    outputs in fp32, (R, H). Unpacks only the experts the batch was routed to, one at a time.
+    """
+    order = topk_ids.flatten().argsort(stable=True)  # pairs, by expert
+    counts = topk_ids.flatten().bincount(minlength=gate.num_experts).tolist()  # the one host sync of a layer
+    rows = order // topk_ids.shape[-1]  # (R * K,) which row a pair belongs to
+    weights = topk_weights.flatten()[order].unsqueeze(-1)  # (R * K, 1) fp32
+    output = torch.zeros(x.shape[0], down.out_features, dtype=torch.float32, device=x.device)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            chosen = slice(start, start + count)
+            x_e = x[rows[chosen]]
+            y_e = down.linear(F.silu(gate.linear(x_e, expert)) * up.linear(x_e, expert), expert)
+            output.index_add_(0, rows[chosen], y_e.float() * weights[chosen])
+        start += count
+    return output
+
+
+class MoE(nn.Module):
+    """Router, routed experts and the shared expert, which every token passes with weight one."""
+
+    def __init__(self, config: KimiK25TextConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, H) to (B, T, H)."""
+        flat = x.flatten(0, -2)  # (R, H)
+        topk_ids, topk_weights = self.gate(flat)
+        routed = self.experts(flat, topk_ids, topk_weights).to(x.dtype)
+        return routed.view_as(x) + self.shared_experts(x)
+
+
+def _apply_keeping_dtype(module: nn.Module, fn: Callable, names: tuple[str, ...]) -> nn.Module:
+    """nn.Module._apply that moves but does not cast the named parameters: .to(dtype), .half(), .float() pass them by."""
+    kept = {name: module._parameters[name].data for name in names}
+    nn.Module._apply(module, fn)
+    for name, old in kept.items():
+        moved = module._parameters[name]
+        if moved.dtype != old.dtype:
+            moved.data = old.to(moved.device)
+    return module
