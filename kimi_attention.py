@@ -88,7 +88,9 @@ def rope_amplitude(rope: dict[str, Any]) -> float:
     if rope["rope_type"] != "yarn":
         return 1.0
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return yarn_mscale(rope["factor"], rope["mscale"]) / yarn_mscale(rope["factor"], rope["mscale_all_dim"])
+        return yarn_mscale(rope["factor"], rope["mscale"]) / yarn_mscale(
+            rope["factor"], rope["mscale_all_dim"]
+        )
     return yarn_mscale(rope["factor"], 1.0)
 
 

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging
 
-from .kimi_moe import ExpertStack
+from .kimi_moe import Experts
 
 DTYPES = {
     "F64": torch.float64,
@@ -62,7 +62,9 @@ class Slot:
 
     @property
     def target(self) -> torch.Tensor:
-        tensors = self.module._parameters if self.parameter in self.module._parameters else self.module._buffers
+        tensors = (
+            self.module._parameters if self.parameter in self.module._parameters else self.module._buffers
+        )
         return tensors[self.parameter]
 
     @cached_property
@@ -88,7 +90,7 @@ def model_slots(model: nn.Module) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
     for prefix, module in model.named_modules():
         dot = prefix and f"{prefix}."
-        if isinstance(module, ExpertStack):
+        if isinstance(module, Experts):
             for parameter, names in module.published_names(dot):
                 for expert, name in enumerate(names):
                     slots[name] = Slot(name, module, parameter, dot + parameter, expert)
@@ -118,7 +120,9 @@ def read_header(file: str) -> dict[str, Source]:
         try:
             header = json.loads(handle.read(length))
         except ValueError as error:
-            raise OSError(f"shard {file} is damaged: its header is not JSON ({error}); download it again.") from None
+            raise OSError(
+                f"shard {file} is damaged: its header is not JSON ({error}); download it again."
+            ) from None
     header.pop("__metadata__", None)
     start, sources = 8 + length, {}
     for name, entry in header.items():
@@ -173,15 +177,19 @@ def check_sources(slots: dict[str, Slot], sources: dict[str, Source]) -> None:
     for name in sources.keys() & slots.keys():
         slot, source = slots[name], sources[name]
         if source.shape != slot.shape:
-            problems.append(f"{name} in {source.file} has shape {source.shape}, the config makes it {slot.shape}")
+            problems.append(
+                f"{name} in {source.file} has shape {source.shape}, the config makes it {slot.shape}"
+            )
         elif source.dtype.is_floating_point != slot.target.dtype.is_floating_point or (
-            slot.parameter == "weight_packed" and source.dtype != torch.int32
+            slot.parameter.endswith("weight_packed") and source.dtype != torch.int32
         ):
             problems.append(f"{name} in {source.file} has dtype {source.dtype}, expected {slot.target.dtype}")
     if problems:
         more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
         raise ValueError(
-            "; ".join(problems[:SHOWN]) + more + ". Weights and config.json do not belong together, nothing was loaded."
+            "; ".join(problems[:SHOWN])
+            + more
+            + ". Weights and config.json do not belong together, nothing was loaded."
         )
 
 
@@ -272,7 +280,7 @@ def _device_lookup(device_map: dict[str, Any] | None) -> Callable[[str], Any]:
 
 def _allocate(slot: Slot, source: Source, dtype: torch.dtype | None, device: Any) -> torch.Tensor:
     """An empty tensor for the whole parameter, in the dtype it will keep."""
-    stays = isinstance(slot.module, ExpertStack) and slot.module.packed
+    stays = isinstance(slot.module, Experts) and slot.module.packed
     if slot.parameter == "e_score_correction_bias":
         dtype = torch.float32
     elif stays or dtype is None or not source.dtype.is_floating_point:
@@ -315,15 +323,18 @@ def _install(slot: Slot, tensor: torch.Tensor, device: Any, folder: Any, index: 
         slot.module._buffers[slot.parameter] = tensor
 
 
-def _default_shapes(slots: dict[str, Slot], sources: dict[str, Source], device_of: Callable[[str], Any]) -> None:
+def _default_shapes(
+    slots: dict[str, Slot], sources: dict[str, Source], device_of: Callable[[str], Any]
+) -> None:
     """Fills `weight_shape` where the checkpoint has none."""
     for slot in slots.values():
         if slot.name in sources or slot.expert:
             continue
-        stack, device = slot.module, device_of(slot.path)
-        rows = torch.tensor([[stack.out_features, stack.in_features]], dtype=torch.int32)
-        rows = rows.repeat(stack.num_experts, 1).to("cpu" if device == "disk" else device)
-        stack._parameters[slot.parameter] = nn.Parameter(rows, requires_grad=False)
+        experts, device = slot.module, device_of(slot.path)
+        projection, _ = experts.published[slot.parameter]
+        rows = torch.tensor([experts.shapes[projection]], dtype=torch.int32).repeat(experts.num_experts, 1)
+        rows = rows.to("cpu" if device == "disk" else device)
+        experts._parameters[slot.parameter] = nn.Parameter(rows, requires_grad=False)
 
 
 def loading_result(
@@ -383,11 +394,17 @@ def save_checkpoint(
     if state_dict is None:
         slots = model_slots(model)
         sizes = {name: prod(slot.shape) * slot.target.dtype.itemsize for name, slot in slots.items()}
-        write_shards(folder, sizes, lambda names: _collect([slots[name] for name in names]), max_shard_size, variant)
+        write_shards(
+            folder, sizes, lambda names: _collect([slots[name] for name in names]), max_shard_size, variant
+        )
     else:
         sizes = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in state_dict.items()}
         write_shards(
-            folder, sizes, lambda names: {n: state_dict[n].contiguous() for n in names}, max_shard_size, variant
+            folder,
+            sizes,
+            lambda names: {n: state_dict[n].contiguous() for n in names},
+            max_shard_size,
+            variant,
         )
 
 
@@ -414,7 +431,9 @@ def write_shards(
         weight_map.update(dict.fromkeys(names, file))
     index = folder / f"model.safetensors.index{f'.{variant}' if variant else ''}.json"
     if len(shards) > 1:
-        text = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2)
+        text = json.dumps(
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2
+        )
         index.write_text(text + "\n")
     else:
         index.unlink(missing_ok=True)

@@ -65,7 +65,9 @@ def quantize_int4(
     return pack_int4(values.flatten(-2).to(torch.int8)), scale
 
 
-def dequantize_int4(packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def dequantize_int4(
+    packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """(..., N, M/8) words and (..., N, M/32) scales to (..., N, M) weights in `dtype` (default: the scales').
 
     The product of a 4-bit integer and an 8-bit bf16 mantissa fits fp32, so bf16 times bf16 rounds once and equals the

@@ -12,13 +12,13 @@ Letters: R rows (all tokens of a batch), H hidden size, I inner size, E experts,
 The correction bias only selects: it was trained to balance load without an auxiliary loss (DeepSeek-V3,
 arXiv:2412.19437 section 2.1.2) and never scales an output.
 
-A layer's experts are three stacks, one for each projection: `weight_packed` is (E, N, M/8) int32, where the checkpoint
-has E matrices named `experts.{e}.gate_proj.weight_packed`. Stacking makes a model of 61 layers in milliseconds and
-hands a kernel one pointer; state_dict() and load_state_dict() speak the checkpoint's names.
+A layer's experts are stacked by projection: one (E, N, M/8) int32 tensor where the checkpoint has E matrices named
+`experts.{e}.gate_proj.weight_packed`. Stacking makes a model of 61 layers in milliseconds and hands a kernel one
+pointer; state_dict() and load_state_dict() speak the checkpoint's names.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,11 @@ class Router(nn.Module):
 
     def __init__(self, config: KimiK25TextConfig):
         super().__init__()
-        self.top_k, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
+        self.top_k, self.n_group, self.topk_group = (
+            config.num_experts_per_tok,
+            config.n_group,
+            config.topk_group,
+        )
         self.norm_topk_prob, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias = nn.Parameter(
@@ -86,56 +90,83 @@ class Router(nn.Module):
         return _apply_keeping_dtype(self, fn, ("e_score_correction_bias",))
 
 
-class ExpertStack(nn.Module):
-    """One projection (N outputs, M inputs) of all E experts of a layer, packed or dense.
+class ExpertMatrices(NamedTuple):
+    """One projection (N outputs, M inputs) of all E experts of a layer: int4, or dense if `scale` is None."""
 
-    Parameters: `weight_packed` (E, N, M/8) int32, `weight_scale` (E, N, M/32), `weight_shape` (E, 2) int32; or, without
-    quantization, `weight` (E, N, M). Packed ones start as zeros and are never touched by weight initialisation; they
-    keep their dtypes through `.to(dtype)`, so that what is saved is what was read.
+    weight: torch.Tensor  # (E, N, M/8) int32 words, or (E, N, M)
+    scale: torch.Tensor | None  # (E, N, M/32)
 
-    state_dict() gives the checkpoint's names, one for each expert. Hooks that move weights (accelerate's) ask by
+    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """x (R, M) through one expert's matrix, (R, N)."""
+        if self.scale is None:
+            return F.linear(x, self.weight[expert])
+        return int4_linear(x, self.weight[expert], self.scale[expert])
+
+
+class Experts(nn.Module):
+    """The routed experts of one layer, stacked.
+
+    For each projection p of gate_proj (I, H), up_proj (I, H), down_proj (H, I), as (N, M):
+    `{p}_weight_packed` (E, N, M/8) int32, `{p}_weight_scale` (E, N, M/32), `{p}_weight_shape` (E, 2) int32; or, without
+    quantization, `{p}_weight` (E, N, M). Packed ones start as zeros and are never touched by weight initialisation;
+    they keep their dtypes through `.to(dtype)`, so that what is saved is what was read.
+
+    state_dict() gives the checkpoint's names, `{e}.{p}.weight_packed`. Hooks that move weights (accelerate's) ask by
     parameter name instead; `stacked_names` is set while they are being attached.
     """
 
     stacked_names = False
 
-    def __init__(self, num_experts: int, out_features: int, in_features: int, packed: bool):
+    def __init__(self, config: KimiK25TextConfig):
         super().__init__()
-        self.num_experts, self.out_features, self.in_features = num_experts, out_features, in_features
-        self.packed = packed
-        if not packed:
-            self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
-            return
-        rows = (num_experts, out_features)
-        packed_shape, scale_shape = (*rows, in_features // CODES_PER_WORD), (*rows, in_features // GROUP_SIZE)
-        matrix = torch.tensor([out_features, in_features], dtype=torch.int32)
-        for name, tensor in (
-            ("weight_packed", torch.zeros(packed_shape, dtype=torch.int32)),
-            ("weight_scale", torch.zeros(scale_shape, dtype=torch.bfloat16)),
-            ("weight_shape", matrix.repeat(num_experts, 1)),
-        ):
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.num_experts = config.n_routed_experts
+        self.packed = config.expert_quantization is not None
+        width, inner = config.hidden_size, config.moe_intermediate_size
+        self.shapes = {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+        self.published: dict[str, tuple[str, str]] = {}  # parameter -> (projection, tensor)
+        for projection, (outputs, inputs) in self.shapes.items():
+            rows = (self.num_experts, outputs)
+            if not self.packed:
+                self._register(projection, "weight", torch.empty(*rows, inputs), trainable=True)
+                continue
+            shape = torch.tensor([outputs, inputs], dtype=torch.int32)
+            self._register(
+                projection, "weight_packed", torch.zeros(*rows, inputs // CODES_PER_WORD, dtype=torch.int32)
+            )
+            self._register(
+                projection, "weight_scale", torch.zeros(*rows, inputs // GROUP_SIZE, dtype=torch.bfloat16)
+            )
+            self._register(projection, "weight_shape", shape.repeat(self.num_experts, 1))
 
-    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """x (R, M) through one expert's matrix, (R, N)."""
-        if self.packed:
-            return int4_linear(x, self.weight_packed[expert], self.weight_scale[expert])
-        return F.linear(x, self.weight[expert])
+    def _register(self, projection: str, tensor: str, data: torch.Tensor, trainable: bool = False) -> None:
+        self.register_parameter(f"{projection}_{tensor}", nn.Parameter(data, requires_grad=trainable))
+        self.published[f"{projection}_{tensor}"] = projection, tensor
+
+    def matrices(self, projection: str) -> ExpertMatrices:
+        if not self.packed:
+            return ExpertMatrices(getattr(self, f"{projection}_weight"), None)
+        return ExpertMatrices(
+            getattr(self, f"{projection}_weight_packed"), getattr(self, f"{projection}_weight_scale")
+        )
+
+    def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """x (R, H), ids (R, K), weights (R, K) fp32 to the weighted sum of the chosen experts, (R, H) fp32."""
+        return run_experts(
+            x, topk_ids, topk_weights, *(self.matrices(projection) for projection in self.shapes)
+        )
 
     def num_weights(self) -> int:
         """Logical weights: one for each int4 code, none for scales and shapes."""
-        return self.num_experts * self.out_features * self.in_features
+        return self.num_experts * sum(outputs * inputs for outputs, inputs in self.shapes.values())
 
     def extra_repr(self) -> str:
-        kind = "int4" if self.packed else "dense"
-        return f"{self.num_experts} experts, {self.in_features} -> {self.out_features}, {kind}"
+        sizes = ", ".join(f"{name} {n}x{m}" for name, (n, m) in self.shapes.items())
+        return f"{self.num_experts} experts, {'int4' if self.packed else 'dense'}: {sizes}"
 
     def published_names(self, prefix: str) -> Iterator[tuple[str, list[str]]]:
-        """(parameter name, the E names of its slices) for a stack at `prefix`, e.g. `model.layers.1.mlp.experts.up_proj.`"""
-        owner, _, projection = prefix.rstrip(".").rpartition(".")
-        owner, projection = owner and f"{owner}.", projection and f"{projection}."
-        for name in self._parameters:
-            yield name, [f"{owner}{expert}.{projection}{name}" for expert in range(self.num_experts)]
+        """(parameter, the E names of its slices) where this module is at `prefix`, e.g. `model.layers.1.mlp.experts.`"""
+        for parameter, (projection, tensor) in self.published.items():
+            yield parameter, [f"{prefix}{expert}.{projection}.{tensor}" for expert in range(self.num_experts)]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.stacked_names:
@@ -143,62 +174,48 @@ class ExpertStack(nn.Module):
             return
         for name, names in self.published_names(prefix):
             parameter = self._parameters[name]
-            destination.update(zip(names, (parameter if keep_vars else parameter.detach()).unbind(), strict=True))
+            destination.update(
+                zip(names, (parameter if keep_vars else parameter.detach()).unbind(), strict=True)
+            )
 
-    def load_published(self, state_dict: dict, prefix: str, missing: list[str], errors: list[str]) -> None:
-        """Copies in the E slices of each parameter found under their published names."""
-        for name, names in self.published_names(prefix):
-            parameter = self._parameters[name]
-            missing.extend(key for key in names if key not in state_dict)
-            for expert, key in enumerate(names):
-                given = state_dict.get(key)
-                if given is not None and given.shape != parameter.shape[1:]:
-                    errors.append(f"{key} has shape {tuple(given.shape)}, expected {tuple(parameter.shape[1:])}")
-                elif given is not None:
-                    with torch.no_grad():
-                        parameter[expert].copy_(given)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Left to Experts: torch shows a module only the keys below its own name, and `0.gate_proj.` is not."""
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        metadata: dict,
+        strict: bool,
+        missing: list,
+        unexpected: list,
+        errors: list,
+    ) -> None:
+        known: set[str] = set()
+        for parameter, names in self.published_names(prefix):
+            known.update(names)
+            missing.extend(name for name in names if name not in state_dict)
+            stack = self._parameters[parameter]
+            for place, name in zip(stack.unbind(), names, strict=True):
+                given = state_dict.get(name, place)
+                if given.shape != place.shape:
+                    errors.append(f"{name} has shape {tuple(given.shape)}, expected {tuple(place.shape)}")
+                else:
+                    place.copy_(given)
+        if strict:
+            unexpected.extend(name for name in state_dict if name.startswith(prefix) and name not in known)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        return _apply_keeping_dtype(self, fn, ("weight_scale",) if self.packed else ())
-
-
-class Experts(nn.Module):
-    """The routed experts of one layer."""
-
-    def __init__(self, config: KimiK25TextConfig):
-        super().__init__()
-        experts, width, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        packed = config.expert_quantization is not None
-        self.gate_proj = ExpertStack(experts, inner, width, packed)
-        self.up_proj = ExpertStack(experts, inner, width, packed)
-        self.down_proj = ExpertStack(experts, width, inner, packed)
-
-    def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """x (R, H), ids (R, K), weights (R, K) fp32 to the weighted sum of the chosen experts, (R, H) fp32."""
-        return run_experts(x, topk_ids, topk_weights, self.gate_proj, self.up_proj, self.down_proj)
-
-    def _load_from_state_dict(
-        self, state_dict: dict, prefix: str, metadata: dict, strict: bool, missing: list, unexpected: list, errors: list
-    ) -> None:
-        """Loads the three stacks, and reports keys below it that none of them knows."""
-        known: set[str] = set()
-        for projection, stack in self.named_children():
-            stack.load_published(state_dict, f"{prefix}{projection}.", missing, errors)
-            known.update(key for _, names in stack.published_names(f"{prefix}{projection}.") for key in names)
-        if strict:
-            unexpected.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+        return _apply_keeping_dtype(
+            self, fn, [name for name in self._parameters if name.endswith("weight_scale")]
+        )
 
 
 def run_experts(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
-    gate: ExpertStack,
-    up: ExpertStack,
-    down: ExpertStack,
+    gate: ExpertMatrices,
+    up: ExpertMatrices,
+    down: ExpertMatrices,
 ) -> torch.Tensor:
     """The seam where faster backends plug in; this is the plain reference.
 
@@ -206,10 +223,10 @@ def run_experts(
     outputs in fp32, (R, H). Unpacks only the experts the batch was routed to, one at a time.
     """
     order = topk_ids.flatten().argsort(stable=True)  # pairs, by expert
-    counts = topk_ids.flatten().bincount(minlength=gate.num_experts).tolist()  # the one host sync of a layer
+    counts = topk_ids.flatten().bincount(minlength=len(gate.weight)).tolist()  # the one host sync of a layer
     rows = order // topk_ids.shape[-1]  # (R * K,) which row a pair belongs to
     weights = topk_weights.flatten()[order].unsqueeze(-1)  # (R * K, 1) fp32
-    output = torch.zeros(x.shape[0], down.out_features, dtype=torch.float32, device=x.device)
+    output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     start = 0
     for expert, count in enumerate(counts):
         if count:
@@ -238,7 +255,7 @@ class MoE(nn.Module):
         return routed.view_as(x) + self.shared_experts(x)
 
 
-def _apply_keeping_dtype(module: nn.Module, fn: Callable, names: tuple[str, ...]) -> nn.Module:
+def _apply_keeping_dtype(module: nn.Module, fn: Callable, names: Iterable[str]) -> nn.Module:
     """nn.Module._apply that moves but does not cast the named parameters: .to(dtype), .half(), .float() pass them by."""
     kept = {name: module._parameters[name].data for name in names}
     nn.Module._apply(module, fn)

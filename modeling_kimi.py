@@ -28,7 +28,7 @@ from transformers.utils import can_return_tuple, logging
 from .configuration_kimi import KimiK25Config, KimiK25TextConfig
 from .kimi_attention import MLA, RMSNorm, RotaryEmbedding
 from .kimi_checkpoint import load_checkpoint, loading_result, save_checkpoint
-from .kimi_moe import MLP, ExpertStack, MoE, Router
+from .kimi_moe import MLP, Experts, MoE, Router
 from .kimi_vision import MoonViT, PatchMergerProjector, PositionEmbedding
 
 if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point names itself
@@ -123,9 +123,11 @@ class KimiK25PreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Normal with `initializer_range` for matrices, ones and zeros for norms and biases; packed experts stay zero."""
         std = self.config.text_config.initializer_range
-        matrices = (nn.Linear, nn.Conv2d, nn.Embedding, Router, PositionEmbedding)
-        if isinstance(module, matrices) or (isinstance(module, ExpertStack) and not module.packed):
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, Router, PositionEmbedding)):
             nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, Experts) and not module.packed:
+            for weight in module.parameters():
+                nn.init.normal_(weight, std=std)
         elif isinstance(module, (RMSNorm, nn.LayerNorm)):
             nn.init.ones_(module.weight)
         if isinstance(module, Router):
@@ -137,8 +139,8 @@ class KimiK25PreTrainedModel(PreTrainedModel):
         """Logical weights: an int4 expert counts its codes, not its words, scales and shapes."""
         total = 0
         for module in self.modules():
-            if isinstance(module, ExpertStack):
-                trainable = not module.packed and module.weight.requires_grad
+            if isinstance(module, Experts):
+                trainable = not module.packed and all(p.requires_grad for p in module.parameters())
                 total += module.num_weights() if trainable or not only_trainable else 0
             elif not (exclude_embeddings and isinstance(module, nn.Embedding)):
                 parameters = module.parameters(recurse=False)
@@ -197,7 +199,12 @@ class KimiK25PreTrainedModel(PreTrainedModel):
         """
         if getattr(self, "_hf_peft_config_loaded", False):
             return super().save_pretrained(
-                save_directory, is_main_process, state_dict, push_to_hub=push_to_hub, variant=variant, **kwargs
+                save_directory,
+                is_main_process,
+                state_dict,
+                push_to_hub=push_to_hub,
+                variant=variant,
+                **kwargs,
             )
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("safe_serialization=False would write pickle; only safetensors are written.")
@@ -285,7 +292,9 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+            output_attentions=self.config.output_attentions
+            if output_attentions is None
+            else output_attentions,
             output_hidden_states=(
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),
@@ -323,12 +332,16 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Puts the vision features in the places of `<|media_pad|>`, in order; the length never changes."""
         if input_ids is None:
-            raise ValueError("pixel_values need input_ids, whose <|media_pad|> tokens say where the features go.")
+            raise ValueError(
+                "pixel_values need input_ids, whose <|media_pad|> tokens say where the features go."
+            )
         features = self.get_image_features(pixel_values, grid_thws)
         places = input_ids == self.config.media_placeholder_token_id  # (B, T)
         num_places, num_tokens = int(places.sum()), sum(len(item) for item in features)
         if num_places != num_tokens:
-            hint = "; let the processor expand each placeholder (expand_media=True)" * (num_places == len(features))
+            hint = "; let the processor expand each placeholder (expand_media=True)" * (
+                num_places == len(features)
+            )
             raise ValueError(
                 f"found {num_places} <|media_pad|> tokens but the media make {num_tokens} vision tokens (grids"
                 f" {grid_thws.tolist()}){hint}."
@@ -344,7 +357,9 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             _check_length(0, prompt.shape[-1], self.config.text_config.max_position_embeddings)
         return super().generate(inputs, *args, **kwargs)
 
-    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> dict:
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> dict:
         """Pixels are read once, in the prefill; with a cache the features live on in it."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if model_kwargs.get("use_cache", True):
@@ -415,7 +430,7 @@ def _check_length(past_length: int | torch.Tensor, num_tokens: int, max_position
 
 def _set_stacked_names(model: nn.Module, stacked: bool) -> None:
     for module in model.modules():
-        if isinstance(module, ExpertStack):
+        if isinstance(module, Experts):
             module.stacked_names = stacked
 
 

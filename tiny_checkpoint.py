@@ -1,0 +1,153 @@
+"""Writes a small random checkpoint in the published layout: every kind of tensor and file that the 595 GB one has.
+
+    config.json, generation_config.json          the published ones with small sizes and matching token ids
+    model-0000N-of-00000M.safetensors, index     int4 experts, dense rest, vision tower, projector
+    tiktoken.model, tokenizer_config.json,       a vocabulary of its own, 256 reserved ids after it
+    chat_template.jinja
+    *_kimi.py, kimi_*.py                         the code, as it lies beside the published weights
+
+Each tensor is seeded by its name and made when its shard is written, so a checkpoint of any size needs the memory of
+one shard. Weights are random: such a model is exact to test with and says nothing sensible.
+"""
+
+import json
+import shutil
+import zlib
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configuration_kimi import KimiK25Config
+from .kimi_checkpoint import Slot, model_slots, write_shards
+from .kimi_moe import Experts
+from .modeling_kimi import KimiK25ForConditionalGeneration
+from .tiny_vocabulary import write_tiny_tiktoken
+
+ROOT = Path(__file__).resolve().parent
+PUBLISHED_BASE = 163584  # BPE ranks of the published vocabulary; the 256 reserved ids follow
+TINY_TEXT = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 96,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+}
+TINY_VISION = {
+    "vt_hidden_size": 64,
+    "vt_num_hidden_layers": 2,
+    "vt_num_attention_heads": 4,
+    "vt_intermediate_size": 128,
+    "init_pos_emb_height": 16,
+    "init_pos_emb_width": 16,
+}
+
+
+def write_tiny_checkpoint(
+    folder: str | Path,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    num_merges: int = 1500,
+    seed: int = 0,
+    max_shard_size: int | str = "1MB",
+) -> Path:
+    """Writes the whole folder, complete or not at all. `text` and `vision` override sizes. Returns the folder."""
+    folder = Path(folder)
+    partial = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    base = write_tiny_tiktoken(partial / "tiktoken.model", num_merges=num_merges)
+    write_configs(partial, base, text or {}, vision or {})
+    copy_code(partial)
+    write_random_weights(partial, seed, max_shard_size)
+    shutil.rmtree(folder, ignore_errors=True)
+    return partial.rename(folder)
+
+
+def copy_code(folder: Path) -> None:
+    """The doors, the rooms and the template, as `save_pretrained` would lay them beside weights."""
+    for path in (
+        *sorted(ROOT.glob("*_kimi.py")),
+        *sorted(ROOT.glob("kimi_*.py")),
+        ROOT / "chat_template.jinja",
+    ):
+        shutil.copy(path, folder)
+
+
+def write_configs(folder: Path, base: int, text: dict[str, Any], vision: dict[str, Any]) -> None:
+    """The repository's JSON files with small sizes, and every token id moved from the published base to `base`."""
+    shift = base - PUBLISHED_BASE
+    config = json.loads((ROOT / "config.json").read_text())
+    config["text_config"].update({**TINY_TEXT, **text}, vocab_size=base + 256)
+    sizes = {**TINY_VISION, **vision}
+    # Engines that read the sizes without the prefix must find the same ones.
+    plain = {name.removeprefix("vt_"): value for name, value in sizes.items() if name.startswith("vt_")}
+    config["vision_config"].update(sizes, **plain)
+    config["vision_config"].update(
+        mm_hidden_size=sizes["vt_hidden_size"], text_hidden_size=config["text_config"]["hidden_size"]
+    )
+    generation = json.loads((ROOT / "generation_config.json").read_text())
+    for settings in (config, config["text_config"], generation):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "media_placeholder_token_id"):
+            if name in settings:
+                ids = settings[name]
+                settings[name] = [i + shift for i in ids] if isinstance(ids, list) else ids + shift
+    tokenizer = json.loads((ROOT / "tokenizer_config.json").read_text())
+    tokens = tokenizer["added_tokens_decoder"]
+    tokenizer["added_tokens_decoder"] = {str(int(index) + shift): token for index, token in tokens.items()}
+    for name, content in (
+        ("config.json", config),
+        ("generation_config.json", generation),
+        ("tokenizer_config.json", tokenizer),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_random_weights(folder: Path, seed: int, max_shard_size: int | str) -> None:
+    """Shards for the config.json that lies in `folder`."""
+    config = KimiK25Config(**json.loads((folder / "config.json").read_text()))
+    with torch.device("meta"):
+        model = KimiK25ForConditionalGeneration(config).bfloat16()
+    slots = model_slots(model)
+    sizes = {name: prod(slot.shape) * slot.target.dtype.itemsize for name, slot in slots.items()}
+    write_shards(
+        folder,
+        sizes,
+        lambda names: {name: random_tensor(slots[name], seed) for name in names},
+        max_shard_size,
+    )
+
+
+def random_tensor(slot: Slot, seed: int) -> torch.Tensor:
+    """A tensor that keeps activations near one: matrices N(0, 1/inputs), norms near 1, biases near 0."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{slot.name}".encode()))
+    shape, dtype = slot.shape, slot.target.dtype
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return (torch.rand(shape, generator=generator) * (high - low) + low).to(dtype)
+
+    if isinstance(slot.module, Experts):
+        projection, tensor = slot.module.published[slot.parameter]
+        if tensor == "weight_shape":
+            return torch.tensor(slot.module.shapes[projection], dtype=dtype)
+        if tensor == "weight_packed":
+            return torch.randint(-(2**31), 2**31, shape, generator=generator).to(dtype)
+        if tensor == "weight_scale":
+            spread = 4.6  # standard deviation of codes drawn evenly from -8..7
+            middle = slot.module.shapes[projection][1] ** -0.5 / spread
+            return uniform(0.5 * middle, 1.5 * middle)
+    if "norm" in slot.name and slot.parameter == "weight":
+        return uniform(0.9, 1.1)
+    if slot.parameter in ("bias", "e_score_correction_bias"):
+        return uniform(-0.1, 0.1)
+    inputs = prod(shape[1:]) if "embed" not in slot.name and "pos_emb" not in slot.name else 1
+    return (torch.randn(shape, generator=generator) * inputs**-0.5).to(dtype)
