@@ -56,7 +56,7 @@ def write_tiny_checkpoint(
     folder: str | Path,
     text: dict[str, Any] | None = None,
     vision: dict[str, Any] | None = None,
-    num_merges: int = 1500,
+    num_merges: int = 600,
     seed: int = 0,
     max_shard_size: int | str = "1MB",
 ) -> Path:
