@@ -1,0 +1,750 @@
+"""Text to token ids and back, and conversations to text, for Kimi K2.7 Code.
+
+The vocabulary is byte-level BPE in one file, `tiktoken.model`: a line is `base64(token bytes) rank`, ranks count from
+0, and a token's rank is its id. All 256 single bytes have a rank, so any text can be encoded. After the `base` ranks
+of the file (163,584 in the published one) come 256 reserved ids, base ... base + 255, that no merge can make:
+
+    offset  name                       offset  name
+    0       [BOS]                      11-15   tool call markers          (kept by skip_special_tokens)
+    1       [EOS]                      17      <|im_middle|>              role name | body
+    2       <|im_end|>  ends a turn    18-21   <|media_begin|> ... <|media_pad|>
+    3, 4    <|im_user|>, <|im_assistant|>      22, 23  <think>, </think>  (kept by skip_special_tokens)
+    10      <|im_system|>              254     [UNK], 255 [PAD]; all others <|reserved_token_{id}|>
+
+Encoding finds the reserved names first and runs BPE on each plain stretch between them, straight to ids. A stretch is
+cut in slices when it is very long (see `split_long_text`), which never touches a marker because markers are already
+out. Text that must not be able to open a turn is encoded with `split_special_tokens=True`: no name is recognised then.
+
+Decoding joins the bytes of the tokens and reads them as UTF-8. A token may end inside a character, so a stream is
+decoded from its accumulated ids (or from `tokenizer.model.decode_single_token_bytes` and an incremental decoder), not
+id by id.
+
+Batches are padded on the left, as `generate` wants: the prompt has to end where the answer begins.
+"""
+
+import base64
+import codecs
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import transformers
+from transformers import AddedToken, PreTrainedTokenizer
+from transformers.utils import get_json_schema, to_py_obj
+
+VOCAB_FILE = "tiktoken.model"
+NUM_RESERVED = 256
+
+# Offset from the first reserved id -> name; the other offsets up to 255 are named after their absolute id.
+# fmt: off
+NAMED_TOKENS = {
+    0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 6: "<|start_header_id|>",
+    7: "<|end_header_id|>", 9: "[EOT]", 10: "<|im_system|>", 11: "<|tool_calls_section_begin|>",
+    12: "<|tool_calls_section_end|>", 13: "<|tool_call_begin|>", 14: "<|tool_call_argument_begin|>",
+    15: "<|tool_call_end|>", 17: "<|im_middle|>", 18: "<|media_begin|>", 19: "<|media_content|>",
+    20: "<|media_end|>", 21: "<|media_pad|>", 22: "<think>", 23: "</think>", 254: "[UNK]", 255: "[PAD]",
+}
+# fmt: on
+# Not flagged special: `decode(skip_special_tokens=True)` must keep the text that reasoning and tool parsers read.
+KEPT_MARKERS = {11, 12, 13, 14, 15, 22, 23}
+ROLES = {"bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
+
+# Pieces that BPE never merges across, tried in this order: Han runs; words, which may take one leading sign (mostly a
+# space) and an English contraction; up to three digits; punctuation with its newlines; blanks, of which the last one
+# stays for the next word. `&&` intersects character classes, in the syntax of the Rust engine inside tiktoken.
+PATTERN = "|".join(
+    [
+        r"[\p{Han}]+",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+MAX_BLOCK = 400_000  # characters encoded in one go
+SHORT_TEXT = 4_000  # characters
+MAX_RUN = 25_000  # characters in a row that are all blank, or all not blank
+RUN = re.compile(r"\s+|\S+")  # \s is str.isspace() for every character
+
+# Each byte as one printable character, so that a token is a string: printable Latin-1 stands for itself, the other 68
+# bytes follow from U+0100 on (the convention of GPT-2's vocabulary files: a leading space shows as Ġ).
+_printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_others = iter(range(0x100, 0x200))
+BYTE_CHARACTERS = "".join(chr(byte if byte in _printable else next(_others)) for byte in range(256))
+
+UNKNOWN_ID = "{!r} is not a token id: the vocabulary has {} tokens, counted from 0"
+
+# Wrap what a user wrote that looks like a marker. Unicode keeps these two for internal use; one that stands in the
+# user's text is wrapped itself, so nothing a user types can be taken for a wrapper.
+USER_START, USER_END = "\ufdd0", "\ufdd1"
+
+
+class MissingVocabularyError(FileNotFoundError):
+    """`tiktoken.model` is not there."""
+
+
+class VocabularyError(ValueError):
+    """`tiktoken.model` is not what it should be, or `tokenizer_config.json` contradicts it."""
+
+
+def read_ranks(vocab_file: str) -> dict[bytes, int]:
+    """Token bytes -> rank, in rank order. Raises unless the ranks are 0, 1, 2, ... and every single byte has one."""
+    path = Path(vocab_file)
+    if not path.is_file():
+        target = path.parent if path.parent.is_dir() else "."
+        raise MissingVocabularyError(
+            f"{VOCAB_FILE} is missing: looked for {vocab_file!r}. The file holds the vocabulary and comes with the "
+            f"published weights. This brings it:\n"
+            f"    hf download moonshotai/Kimi-K2.7-Code {VOCAB_FILE} --local-dir {target}"
+        )
+    data = path.read_bytes()
+    if data.startswith(b"version https://git-lfs"):
+        raise VocabularyError(
+            f"{path} is a Git LFS pointer of {len(data)} bytes, not the vocabulary. Run `git lfs pull` where it was "
+            f"cloned, or `hf download moonshotai/Kimi-K2.7-Code {VOCAB_FILE} --local-dir {path.parent}`."
+        )
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            encoded, digits = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(digits)
+        except ValueError:
+            raise VocabularyError(
+                f"{path}, line {number}: expected `base64 rank`, found {line[:80]!r}"
+            ) from None
+        if token in ranks:
+            raise VocabularyError(
+                f"{path}, line {number}: token {token!r} has rank {ranks[token]} and rank {rank}"
+            )
+        ranks[token] = rank
+    ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+    for expected, (token, rank) in enumerate(ranks.items()):
+        if rank != expected:  # a gap would shift every reserved id
+            raise VocabularyError(
+                f"{path}: rank {expected} should come next, but token {token!r} has rank {rank}"
+            )
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise VocabularyError(
+            f"{path}: {len(missing)} of the 256 single bytes have no rank, e.g. byte {missing[0]}"
+        )
+    return ranks
+
+
+def split_long_text(text: str) -> Iterator[str]:
+    """Slices of a plain stretch that the BPE engine can take, cut where the published tokenizer cuts.
+
+    The pattern looks ahead, so it runs in a backtracking engine whose stack a million blanks in a row overflow. Hence
+    blocks of 400,000 characters, and inside a block a cut after each 25,000 characters of one run, where a run is a
+    stretch of only blanks or only non-blanks. Ids differ from those of uncut text only at these cuts.
+    """
+    for start in range(0, len(text), MAX_BLOCK):
+        block = text[start : start + MAX_BLOCK]
+        cut = 0
+        for run in RUN.finditer(block) if may_have_long_run(block) else ():
+            for position in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
+                yield block[cut:position]
+                cut = position
+        yield block[cut:]
+
+
+def may_have_long_run(text: str) -> bool:
+    """False only if no run is longer than MAX_RUN. Such a run spans two neighbours of a grid half as wide, so looking
+    from the grid points alone is enough, and costs next to nothing in ordinary text."""
+    step = MAX_RUN // 2
+    runs = (next(RUN.finditer(text, position)) for position in range(0, len(text) - step, step))
+    return any(run.end() - run.start() >= step for run in runs)
+
+
+def alternation(names: Iterable[str]) -> str:
+    """A regular expression for any of `names`, the longest first, with common prefixes written once.
+
+    Prefixes matter: `re` tries the alternatives one by one, so 256 plain ones make each `<` of an HTML page cost 256
+    attempts (7 million characters per second; with shared prefixes 150 million).
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name[:1], []).append(name)
+    optional = "?" if groups.pop("", None) else ""
+    branches = []
+    for group in groups.values():
+        prefix = os.path.commonprefix(group)  # noqa: RUF071 (characters are meant)
+        branches.append(re.escape(prefix) + alternation(name[len(prefix) :] for name in group))
+    return f"(?:{'|'.join(branches)}){optional}" if branches else ""
+
+
+class TikTokenTokenizer(PreTrainedTokenizer):
+    """Slow in transformers' terms (`is_fast` is False), though the work is done by tiktoken.
+
+    Nothing is ever added around a text: no BOS, no EOS; a pair is plain concatenation. `model` is the
+    `tiktoken.Encoding`, `special_tokens` maps all 256 reserved names to ids, and `encoder` and `decoder` map token
+    strings to ids and back; converters of other engines read these. `added_tokens_decoder` comes from
+    `tokenizer_config.json`: it may flag the reserved tokens differently and name tokens that a user added, but it must
+    agree with `tiktoken.model` on ids.
+    """
+
+    vocab_files_names = {"vocab_file": VOCAB_FILE}  # noqa: RUF012 (the name and type that transformers reads)
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+    padding_side = "left"
+    pat_str = PATTERN
+    num_reserved_special_tokens = NUM_RESERVED
+
+    def __init__(
+        self,
+        vocab_file: str | None = None,
+        added_tokens_decoder: Mapping[int, AddedToken] | None = None,
+        **kwargs: Any,
+    ):
+        self.vocab_file = vocab_file or os.path.join(kwargs.get("name_or_path", ""), VOCAB_FILE)
+        ranks = read_ranks(self.vocab_file)
+        base = len(ranks)
+        names = [NAMED_TOKENS.get(i, f"<|reserved_token_{base + i}|>") for i in range(NUM_RESERVED)]
+        self.special_tokens = {name: base + i for i, name in enumerate(names)}
+        self.model = tiktoken.Encoding(
+            name=VOCAB_FILE, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+        )
+        self.n_words = base + NUM_RESERVED
+        self.byte_encoder = dict(enumerate(BYTE_CHARACTERS))
+        self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
+        strings = [codecs.charmap_decode(token, "strict", BYTE_CHARACTERS)[0] for token in ranks] + names
+        self.encoder = {string: i for i, string in enumerate(strings)}
+        self.decoder = dict(enumerate(strings))
+
+        for role, name in ROLES.items():
+            kwargs[role] = kwargs.get(role) or name
+        # transformers 5 saves this list as extra_special_tokens, under which 4.57 saves a dict of further roles.
+        if extra := kwargs.pop("extra_special_tokens", None):
+            kwargs["extra_special_tokens" if isinstance(extra, Mapping) else "additional_special_tokens"] = (
+                extra
+            )
+        others = [n for i, n in NAMED_TOKENS.items() if i not in KEPT_MARKERS and n not in ROLES.values()]
+        if kwargs.get("additional_special_tokens") is None:
+            kwargs["additional_special_tokens"] = others
+        kwargs.setdefault("clean_up_tokenization_spaces", False)
+        added_tokens = self._checked_added_tokens(added_tokens_decoder or {})
+        super().__init__(added_tokens_decoder=added_tokens, **kwargs)
+        self.bos_id, self.eos_id = self.bos_token_id, self.eos_token_id
+        self.unk_id, self.pad_id = self.unk_token_id, self.pad_token_id
+
+    def _checked_added_tokens(self, given: Mapping[int, AddedToken]) -> dict[int, AddedToken]:
+        """The 23 named tokens, updated by what tokenizer_config.json says once that agrees with tiktoken.model."""
+        tokens = {
+            self.special_tokens[name]: AddedToken(name, normalized=False, special=offset not in KEPT_MARKERS)
+            for offset, name in NAMED_TOKENS.items()
+        }
+        for key, token in given.items():
+            index, token = int(key), AddedToken(**token) if isinstance(token, Mapping) else token
+            name = str(token)
+            if self.encoder.get(name, index) != index or self.decoder.get(index, name) != name:
+                raise VocabularyError(
+                    f"tokenizer_config.json gives {name!r} the id {index}, but {VOCAB_FILE} has "
+                    f"{self.n_words - NUM_RESERVED} ranks, so {name!r} has the id {self.encoder.get(name)} and "
+                    f"{index} is {self.decoder.get(index)!r}. The two files belong to different checkpoints."
+                )
+            tokens[index] = token
+        return dict(sorted(tokens.items()))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "TikTokenTokenizer":
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except (OSError, ImportError) as error:
+            # transformers hides what a constructor raises: an OSError behind "Unable to load vocabulary from file",
+            # and 4.57, where protobuf is not installed, everything behind "requires the protobuf library".
+            if isinstance(error.__context__, (MissingVocabularyError, VocabularyError)):
+                raise error.__context__ from None
+            raise
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Copies tiktoken.model byte for byte."""
+        target = Path(save_directory) / f"{filename_prefix + '-' if filename_prefix else ''}{VOCAB_FILE}"
+        if Path(self.vocab_file).resolve() != target.resolve():
+            shutil.copyfile(self.vocab_file, target)
+        return (str(target),)
+
+    # Vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        """Ranks and reserved ids, without tokens that a user added; `len(tokenizer)` counts those too."""
+        return self.n_words
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self.encoder, **self._added_tokens_encoder}
+
+    def _update_total_vocab_size(self) -> None:
+        """transformers calls this whenever tokens were added: the one place to refresh what is derived from them."""
+        super()._update_total_vocab_size()
+        added = self._added_tokens_encoder
+        # A user may register a token that has a rank. Its name stands for itself only if the bytes say so: the string
+        # "Ġthe" is the token " the", and its text must not be mistaken for it.
+        self._marker_ids = {**self.special_tokens}
+        self._marker_ids.update((n, i) for n, i in added.items() if self._bytes_of_id(i) == n.encode())
+        self._marker_pattern = re.compile(alternation(self._marker_ids))
+        self._greedy_markers = {
+            token.content: token
+            for token in self._added_tokens_decoder.values()
+            if token.lstrip or token.rstrip or token.single_word
+        }
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.encoder.get(token, self.unk_token_id)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if index in self.decoder:
+            return self.decoder[index]
+        if index in self._added_tokens_decoder:
+            return self._added_tokens_decoder[index].content
+        raise ValueError(UNKNOWN_ID.format(index, len(self)))
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        ids = to_py_obj(ids)
+        if isinstance(ids, int):
+            return self._convert_id_to_token(ids)
+        skipped = self._skipped_ids() if skip_special_tokens else ()
+        return [self._convert_id_to_token(i) for i in ids if i not in skipped]
+
+    def _skipped_ids(self) -> set[int]:
+        """Ids flagged special. Asked for each time, since users add special tokens; unnamed reserved ids stay."""
+        flagged = {i for i, token in self._added_tokens_decoder.items() if token.special}
+        return flagged.union(self.all_special_ids)
+
+    # Text to ids
+
+    def encode(self, text: Any, *args: Any, allow_special_tokens: bool = True, **kwargs: Any) -> list[int]:
+        """Ids of a text; the same ones with any keywords, and the same as `tokenizer(text).input_ids`.
+
+        `split_special_tokens=True` or `allow_special_tokens=False` encodes marker names as plain text.
+        """
+        if not allow_special_tokens:
+            kwargs["split_special_tokens"] = True
+        only_known = not args and kwargs.keys() <= {"split_special_tokens", "add_special_tokens"}
+        if isinstance(text, str) and only_known:
+            return self._encode_text(text, kwargs.get("split_special_tokens"))
+        return super().encode(text, *args, **kwargs)
+
+    def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[str]:
+        split = True if not kwargs.get("allow_special_tokens", True) else kwargs.get("split_special_tokens")
+        return self.convert_ids_to_tokens(self._encode_text(text, split))
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return self.convert_ids_to_tokens(self._encode_plain(text))
+
+    def _encode_text(self, text: str, split_special_tokens: bool | None = None) -> list[int]:
+        if self.split_special_tokens if split_special_tokens is None else split_special_tokens:
+            return self._encode_plain(text)
+        ids: list[int] = []
+        for part in self._split_at_markers(text):
+            # tiktoken can find the reserved names too. It is faster at that, but takes longer to list them than to
+            # encode a short text, and knows neither the tokens of a user nor the limits of `split_long_text`.
+            at_once = SHORT_TEXT < len(part) <= MAX_BLOCK and len(self._marker_ids) == NUM_RESERVED
+            if at_once and not may_have_long_run(part):
+                ids += self.model.encode(part, allowed_special="all")
+            else:
+                ids += self._encode_between_markers(part)
+        return ids
+
+    def _split_at_markers(self, text: str) -> Iterator[str]:
+        """Parts of up to MAX_BLOCK characters, cut before a marker; a longer one where there is none to cut at."""
+        start = 0
+        while len(text) - start > MAX_BLOCK:
+            match = self._marker_pattern.search(text, start + MAX_BLOCK // 2, start + MAX_BLOCK)
+            if match is None or len(self._marker_ids) > NUM_RESERVED:
+                break
+            yield text[start : match.start()]
+            start = match.start()
+        yield text[start:]
+
+    def _encode_between_markers(self, text: str) -> list[int]:
+        ids: list[int] = []
+        position = 0
+        for start, end, marker_id in self._find_markers(text):
+            if position < start:
+                ids += self._encode_plain(text[position:start])
+            ids.append(marker_id)
+            position = end
+        ids += self._encode_plain(text[position:])
+        return ids
+
+    def _find_markers(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """(start, end, id) of each marker, in order. Tokens that a user added may also eat the blanks around them."""
+        position = 0
+        for match in self._marker_pattern.finditer(text):
+            name = match.group()
+            start, end = match.span()
+            if token := self._greedy_markers.get(name):
+                neighbours = text[max(start - 1, 0) : start] + text[end : end + 1]
+                if token.single_word and neighbours.strip(" "):
+                    continue
+                if token.lstrip:
+                    start = position + len(text[position:start].rstrip())
+                if token.rstrip:
+                    end = len(text) - len(text[end:].lstrip())
+            yield start, end, self._marker_ids[name]
+            position = end
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """BPE alone: no name is recognised, so no id is a reserved one."""
+        if len(text) <= MAX_RUN:
+            return self.model.encode_ordinary(text)
+        ids: list[int] = []
+        for piece in split_long_text(text):
+            ids += self.model.encode_ordinary(piece)
+        return ids
+
+    def _encode_marked(self, text: str) -> list[int]:
+        """A rendered chat in which `mark_user_text` wrapped what users wrote: that is encoded as plain text."""
+        pieces = re.split(f"{USER_START}({self._wrapped_names()}){USER_END}", text)
+        encoders = (self._encode_text, self._encode_plain)  # odd pieces are what the group matched
+        return [i for n, piece in enumerate(pieces) for i in encoders[n % 2](piece)]
+
+    def _wrapped_names(self) -> str:
+        return f"{self._marker_pattern.pattern}|[{USER_START}{USER_END}]"
+
+    def mark_user_text(self, value: Any) -> Any:
+        """A copy of messages or options in which each marker name inside a string is wrapped, in dict keys too, which
+        a template may write out as JSON."""
+        if isinstance(value, str):
+            return re.sub(self._wrapped_names(), rf"{USER_START}\g<0>{USER_END}", value)
+        if isinstance(value, Mapping):
+            return {self.mark_user_text(key): self.mark_user_text(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.mark_user_text(item) for item in value]
+        return value
+
+    def _ids_of_input(self, text: Any, options: Mapping[str, Any]) -> Any:
+        """A text, or a list of words, as ids; anything else as it is. transformers takes lists of ids as encoded
+        already, which spares the way through token strings. It does not take an empty list, hence the empty text."""
+        split = options.get("split_special_tokens")
+        if isinstance(text, str):
+            if options.get("sanitize_control_tokens"):  # 5.x has marked the text itself and reads it itself
+                return text
+            return (
+                self._encode_marked(text) if options.get("marked") else self._encode_text(text, split)
+            ) or ""
+        if text and options.get("is_split_into_words") and all(isinstance(word, str) for word in text):
+            return [i for word in text for i in self._encode_text(word, split)] or ""
+        return text
+
+    def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """One input on both majors; on 5.x also a batch, whose items come back here one by one."""
+        if not kwargs.pop("allow_special_tokens", True):
+            kwargs["split_special_tokens"] = True
+        first, second = (self._ids_of_input(given, kwargs) for given in (text, text_pair))
+        return super()._encode_plus(first, second, *args, **kwargs)
+
+    def _batch_encode_plus(self, batch_text_or_text_pairs: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
+        """A batch on 4.57, which expects a pair as soon as an item is a list."""
+        if not kwargs.pop("allow_special_tokens", True):
+            kwargs["split_special_tokens"] = True
+        words = kwargs.get("is_split_into_words")
+        pairs = []
+        for item in batch_text_or_text_pairs:
+            single = isinstance(item, str) or (words and all(isinstance(word, str) for word in item))
+            texts = (item, None) if single else item
+            pairs.append(tuple(self._ids_of_input(text, kwargs) for text in texts))
+        return super()._batch_encode_plus(pairs, *args, **{**kwargs, "is_split_into_words": False})
+
+    # Ids to text
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **kwargs: Any) -> Any:
+        """Text of an id, of a list, an array or a tensor of ids; a list of texts for a batch.
+
+        The bytes of all tokens are joined before they are read as UTF-8; what is no UTF-8, such as the first half of a
+        character, becomes U+FFFD. Keywords that would put or remove spaces do nothing: they would change code.
+        """
+        plain = isinstance(token_ids, list) and token_ids and type(token_ids[0]) is int
+        ids = token_ids if plain else to_py_obj(token_ids)  # which copies a list by way of numpy
+        if isinstance(ids, (list, tuple)) and ids and isinstance(ids[0], (list, tuple)):
+            return [self._decode(row, skip_special_tokens) for row in ids]
+        return self._decode(ids, skip_special_tokens)
+
+    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **kwargs: Any) -> str:
+        ids = token_ids if isinstance(token_ids, (list, tuple)) else [token_ids]
+        if skip_special_tokens:
+            skipped = self._skipped_ids()
+            ids = [i for i in ids if i not in skipped]
+        try:
+            return self.model.decode(ids)
+        except (KeyError, OverflowError, TypeError):  # an id that a user added, or none at all
+            return b"".join(map(self._bytes_of_id, ids)).decode("utf-8", errors="replace")
+
+    def _bytes_of_id(self, index: int) -> bytes:
+        if index in self.decoder:
+            return self.model.decode_single_token_bytes(index)
+        return self._convert_id_to_token(index).encode(errors="replace")
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Inverse of `convert_ids_to_tokens`, also on a window of tokens that starts or ends inside a character."""
+        return b"".join(map(self._bytes_of_token, tokens)).decode("utf-8", errors="replace")
+
+    def _bytes_of_token(self, token: str) -> bytes:
+        index = self.encoder.get(token, self._added_tokens_encoder.get(token))
+        if index is not None:
+            return self._bytes_of_id(index)
+        known = self.byte_decoder
+        return b"".join(bytes([known[c]]) if c in known else c.encode(errors="replace") for c in token)
+
+    # Conversations
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        tools: list[dict[str, Any] | Callable] | None = None,
+        documents: list[dict[str, str]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str = False,
+        tokenize: bool | None = None,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The prompt of a conversation, or of a batch of them, from messages as `normalize_messages` takes them.
+
+        Three defaults differ from the base class, and are the same on transformers 4.57 and 5:
+        add_generation_prompt: True, unless `continue_final_message` is given. Pass False to render training data.
+        tokenize: False, so the result is text, unless `return_dict` or `return_tensors` asks for ids.
+        return_dict: False, so ids come as a list or a tensor (5.x alone would return a dict).
+
+        continue_final_message: leaves the last message open, after its content, or on 5.x inside its reasoning
+            (`"reasoning_content"`).
+        sanitize_control_tokens: encodes markers written in messages, tools or options as plain text, so that a user
+            cannot open a turn, a call or a think block. Needs ids. Ids of other texts are the same with and without.
+        kwargs: variables of the template. What asks to think less is refused with a ValueError: `thinking=False`,
+            `preserve_thinking=False`, `enable_thinking=False`, `reasoning_effort="none"`. None is "not given".
+        """
+        refuse_to_stop_thinking(kwargs)
+        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
+        chats = [
+            normalize_messages(getattr(c, "messages", c))
+            for c in (conversation if batched else [conversation])
+        ]
+        if tokenize is None:
+            tokenize = return_dict or return_tensors is not None
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        tools = normalize_tools(tools)
+        if tools:
+            kwargs.setdefault("tools_ts_str", render_tool_declaration(tools))
+        if sanitize_control_tokens:
+            if not tokenize:
+                raise ValueError(
+                    "sanitize_control_tokens=True needs tokenize=True: text cannot show what is a token"
+                )
+            chats, tools, documents, kwargs = map(self.mark_user_text, (chats, tools, documents, kwargs))
+            tokenizer_kwargs = {**(tokenizer_kwargs or {}), "marked": True}
+        return super().apply_chat_template(
+            chats if batched else chats[0],
+            tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=field_to_continue(continue_final_message),  # type: ignore[arg-type]
+            tokenize=tokenize,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            return_tensors=return_tensors,
+            return_dict=return_dict,
+            return_assistant_tokens_mask=return_assistant_tokens_mask,
+            tokenizer_kwargs=tokenizer_kwargs,
+            **kwargs,
+        )
+
+
+def refuse_to_stop_thinking(options: Mapping[str, Any]) -> None:
+    """The model was trained to think in every turn; a prompt that says otherwise leaves what it has seen."""
+    off = {"none", "off", "disabled"}
+    for name in ("thinking", "preserve_thinking", "enable_thinking", "reasoning_effort"):
+        value = options.get(name)
+        asked = (
+            value.get("type") if isinstance(value, Mapping) else value
+        )  # {"type": "disabled"} of the web API
+        if value is not None and (not value or (isinstance(asked, str) and asked.lower() in off)):
+            raise ValueError(
+                f"{name}={value!r} is not available: Kimi K2.7 Code always thinks and keeps the reasoning of earlier "
+                f"turns. Leave the option out."
+            )
+
+
+def field_to_continue(field: bool | str) -> bool | str:
+    """What `continue_final_message` is called after normalisation, for the transformers at hand."""
+    if not isinstance(field, str) or field == "content":
+        return bool(field)
+    if field not in REASONING_FIELDS:
+        raise ValueError(
+            f"continue_final_message={field!r}: only 'content' and {REASONING_FIELDS} can be continued"
+        )
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ValueError(
+            f"continue_final_message={field!r} needs transformers 5; {transformers.__version__} is running"
+        )
+    return "reasoning_content"
+
+
+def normalize_tools(tools: Iterable[Any] | None) -> list[Any] | None:
+    """Tools as dicts with sorted keys; functions become schemas. None if there are none."""
+    schemas = []
+    for index, tool in enumerate(tools or ()):
+        if not isinstance(tool, Mapping) and not callable(tool):
+            raise ValueError(f"tools[{index}] must be a dict or a function, not {type(tool).__name__}")
+        schemas.append(tool if isinstance(tool, Mapping) else get_json_schema(tool))
+    return deep_sort_dict(schemas) or None
+
+
+def deep_sort_dict(value: Any) -> Any:
+    """A copy in which the keys of every dict are in code point order; lists keep theirs."""
+    if isinstance(value, Mapping):
+        return {key: deep_sort_dict(value[key]) for key in sorted(value)}
+    if isinstance(value, (list, tuple)):
+        return [deep_sort_dict(item) for item in value]
+    return value
+
+
+def render_tool_declaration(tools: list[Any]) -> str:
+    """What the model reads about its tools: compact JSON. The one place that decides on the form."""
+    return json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
+
+
+# What a message's reasoning may be called; the first that is not None counts.
+REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")
+PART_TYPES = ("text", "image", "image_url", "video", "video_url")
+
+
+def expect(value: Any, kinds: type | tuple[type, ...], field: str) -> None:
+    if not isinstance(value, kinds):
+        names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise ValueError(f"{field} must be a {names}, not {value!r}")
+
+
+def normalize_messages(messages: Iterable[Any]) -> list[dict[str, Any]]:
+    """New messages that the template renders as they are; the given ones stay untouched.
+
+    role: required. name: replaces the role in the header. content: a text, a list of parts, or nothing. A part is a
+    string, {"text": ...}, or a dict whose type is text, image, image_url, video or video_url. Reasoning of an
+    assistant: `reasoning`, else `reasoning_content`, else `thinking`. A tool call without an id gets functions.NAME:N,
+    where N counts the calls of the whole conversation, as the model itself numbers them; one without arguments gets
+    {}. A tool result without tool_call_id answers the preceding assistant message if just one of its calls is open.
+    Everything else is a ValueError with the index of the message and the field.
+    """
+    if isinstance(messages, (str, Mapping)) or not messages:
+        raise ValueError(f"a conversation is a list of at least one message, not {messages!r}")
+    normalized = []
+    num_calls, open_ids = 0, []
+    for index, given in enumerate(messages):
+        where = f"messages[{index}]"
+        expect(given, Mapping, where)
+        message = {key: value for key, value in given.items() if value is not None}
+        if not message.get("role"):
+            raise ValueError(f"{where}.role is missing")
+        reasoning = next((message[field] for field in REASONING_FIELDS if field in message), "")
+        for field, value in (
+            ("role", message["role"]),
+            ("name", message.get("name", "")),
+            ("reasoning", reasoning),
+        ):
+            expect(value, str, f"{where}.{field}")
+        message = {
+            key: value for key, value in message.items() if key not in (*REASONING_FIELDS, "tool_calls")
+        }
+        message["content"] = normalize_content(message.get("content", ""), f"{where}.content")
+        if message["role"] == "assistant":
+            message["reasoning_content"] = reasoning
+            calls = normalize_tool_calls(given.get("tool_calls") or [], num_calls, f"{where}.tool_calls")
+            if calls:
+                message["tool_calls"] = calls
+            num_calls += len(calls)
+            open_ids = [call["id"] for call in calls]
+        elif message["role"] == "tool":
+            answered = answered_call(message.get("tool_call_id"), open_ids, where)
+            open_ids = [call_id for call_id in open_ids if call_id != answered]
+            message["tool_call_id"] = answered
+        normalized.append(message)
+    return normalized
+
+
+def normalize_content(content: Any, field: str) -> str | list[dict[str, Any]]:
+    expect(content, (str, list, tuple), field)
+    if isinstance(content, str):
+        return content
+    parts: list[dict[str, Any]] = []
+    for index, part in enumerate(content):
+        part = {"text": part} if isinstance(part, str) else part
+        expect(part, Mapping, f"{field}[{index}]")
+        kind = part.get("type") or ("text" if "text" in part else None)
+        if kind not in PART_TYPES:
+            raise ValueError(f"{field}[{index}].type must be one of {PART_TYPES}, not {kind!r}")
+        if kind == "text":
+            expect(part.get("text"), str, f"{field}[{index}].text")
+        if kind == "text" and parts and parts[-1]["type"] == "text":
+            parts[-1]["text"] += part["text"]  # neighbours become one, so that no marker hides in the seam
+        else:
+            parts.append({**part, "type": kind})
+    return parts
+
+
+def normalize_tool_calls(calls: Any, num_before: int, field: str) -> list[dict[str, Any]]:
+    """Calls with an id and arguments. `num_before` calls precede these in the conversation."""
+    expect(calls, (list, tuple), field)
+    normalized = []
+    for index, call in enumerate(calls):
+        where = f"{field}[{index}]"
+        expect(call, Mapping, where)
+        expect(call.get("function"), Mapping, f"{where}.function")
+        name, arguments = call["function"].get("name"), call["function"].get("arguments")
+        if not call.get("id") and not name:
+            raise ValueError(f"{where} has no id, and no function.name to make one from")
+        call_id = call.get("id") or f"functions.{name}:{num_before + index}"
+        arguments = {} if arguments is None else arguments
+        expect(call_id, str, f"{where}.id")
+        expect(arguments, (str, Mapping), f"{where}.function.arguments")
+        normalized.append({**call, "id": call_id, "function": {**call["function"], "arguments": arguments}})
+    return normalized
+
+
+def answered_call(call_id: Any, open_ids: list[str], where: str) -> str:
+    """The id of the call that a tool result answers."""
+    if not call_id and len(open_ids) != 1:
+        raise ValueError(
+            f"{where}.tool_call_id is missing, and the preceding assistant message has {len(open_ids)} open calls "
+            f"{open_ids}; only with exactly one is it clear which call the result answers"
+        )
+    call_id = call_id or open_ids[0]
+    expect(call_id, str, f"{where}.tool_call_id")
+    return call_id
+
+
+def normalize_tool_ids(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Normalised messages in which every call, and each result that answers it, has the id the model would have given:
+    functions.NAME:N. For histories that come from elsewhere; the model copies the shape of the ids it sees."""
+    normalized = normalize_messages(messages)
+    new_ids: dict[str, str] = {}
+    num_calls = 0
+    for message in normalized:
+        if message["role"] == "tool":
+            message["tool_call_id"] = new_ids.get(message["tool_call_id"], message["tool_call_id"])
+        for call in message.get("tool_calls", []):
+            expect(call["function"].get("name"), str, "function.name of a tool call to rename")
+            new_ids[call["id"]] = call["id"] = f"functions.{call['function']['name']}:{num_calls}"
+            num_calls += 1
+    return normalized
+
+
+# save_pretrained copies this file and names it in auto_map, however the class was reached.
+TikTokenTokenizer.register_for_auto_class("AutoTokenizer")
