@@ -6,6 +6,7 @@ no matter for a sample of one page; it imports nothing but the standard library.
 """
 
 import base64
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
@@ -48,7 +49,7 @@ def train_merges(text: str, num_merges: int) -> list[bytes]:
     while len(merged) < num_merges:
         pairs: Counter[tuple[bytes, bytes]] = Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pairs[pair] += count
         # The smaller bytes win a tie, so that every machine trains the same vocabulary.
         best, frequency = min(pairs.items(), key=lambda item: (-item[1], item[0]), default=((b"", b""), 0))

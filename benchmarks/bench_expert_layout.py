@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import transformers
 from accelerate import infer_auto_device_map
-from kimi import kimi_moe, modeling_kimi
 from kimi.configuration_kimi import KimiK25Config
 from kimi.tiny_checkpoint import TINY_TEXT, TINY_VISION, write_random_weights
 from torch import nn
 from transformers import PreTrainedModel
+
+from kimi import kimi_moe, modeling_kimi
 
 PUBLISHED_EXPERTS = kimi_moe.Experts
 
@@ -54,7 +55,8 @@ class ExpertModules(nn.ModuleList):
 
     def __init__(self, config):
         super().__init__(
-            OneExpert(config.hidden_size, config.moe_intermediate_size) for _ in range(config.n_routed_experts)
+            OneExpert(config.hidden_size, config.moe_intermediate_size)
+            for _ in range(config.n_routed_experts)
         )
 
 
@@ -92,7 +94,7 @@ def run_one(name: str, folder: str) -> None:
             build_s, model = timed(model_class, KimiK25Config())
         modules = sum(1 for _ in model.modules())
         names_s, names = timed(lambda: len(model.state_dict()))
-        budget = {i: 80 * 2**30 for i in range(8)}
+        budget = dict.fromkeys(range(8), 80 * 2**30)
         map_s, _ = timed(infer_auto_device_map, model, budget, ["DecoderLayer"], torch.bfloat16)
         print(
             f"{name:8} 61 layers on meta {build_s:7.2f} s, {modules:7,} modules | state_dict() of {names:,} names"

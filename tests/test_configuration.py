@@ -5,7 +5,12 @@ import json
 
 import pytest
 from conftest import ROOT
-from kimi.configuration_kimi import PUBLISHED_QUANTIZATION, KimiK25Config, KimiK25TextConfig, KimiK25VisionConfig
+from kimi.configuration_kimi import (
+    PUBLISHED_QUANTIZATION,
+    KimiK25Config,
+    KimiK25TextConfig,
+    KimiK25VisionConfig,
+)
 from transformers import AutoConfig
 
 FILE = json.loads((ROOT / "config.json").read_text())
@@ -27,7 +32,9 @@ def differences(a: dict, b: dict, path: str = "") -> set[str]:
 def test_the_file_is_what_the_defaults_say():
     read, default = KimiK25Config(**copy.deepcopy(FILE)), KimiK25Config()
     told_only_by_the_file = {"architectures", "auto_map", "dtype", "transformers_version"}
-    told_only_by_the_file |= {f"text_config.{n}" for n in ("architectures", "dtype", "aux_loss_alpha", "seq_aux")}
+    told_only_by_the_file |= {
+        f"text_config.{n}" for n in ("architectures", "dtype", "aux_loss_alpha", "seq_aux")
+    }
     told_only_by_the_file |= {"text_config.ep_size", "text_config.pretraining_tp"}
     assert differences(read.to_diff_dict(), default.to_diff_dict()) <= told_only_by_the_file
 
@@ -86,9 +93,18 @@ def test_safe_ignore_list_matches_remote_and_native_names_but_no_expert():
 
 def test_both_rope_spellings_are_one():
     old = KimiK25TextConfig(rope_theta=50000.0, rope_scaling={"type": "yarn", **YARN})
-    new = KimiK25TextConfig(rope_parameters={"rope_theta": 50000.0, "rope_type": "yarn", "type": "yarn", **YARN})
-    both = KimiK25TextConfig(rope_theta=50000.0, rope_scaling={"rope_type": "yarn", **YARN}, rope_parameters=None)
-    assert old.rope_parameters == new.rope_parameters == both.rope_parameters == KimiK25TextConfig().rope_parameters
+    new = KimiK25TextConfig(
+        rope_parameters={"rope_theta": 50000.0, "rope_type": "yarn", "type": "yarn", **YARN}
+    )
+    both = KimiK25TextConfig(
+        rope_theta=50000.0, rope_scaling={"rope_type": "yarn", **YARN}, rope_parameters=None
+    )
+    assert (
+        old.rope_parameters
+        == new.rope_parameters
+        == both.rope_parameters
+        == KimiK25TextConfig().rope_parameters
+    )
     assert new.rope_theta == 50000.0 and new.rope_scaling == {"type": "yarn", **YARN}
     plain = KimiK25TextConfig(rope_parameters={"rope_theta": 1e4, "rope_type": "default"})
     assert plain.rope_scaling is None and plain.rope_theta == 1e4
@@ -117,7 +133,7 @@ CONTRADICTIONS = [
     (dict(n_group=8, topk_group=9), "topk_group 9 must lie between 1 and n_group 8"),
     (dict(n_routed_experts=8, n_group=8, topk_group=4), "leaves 1 in each"),
     (dict(n_routed_experts=16, n_group=8, topk_group=2), "num_experts_per_tok 8 exceeds the 4 experts"),
-    (dict(scoring_func="softmax"), "scoring_func \"softmax\" is unknown"),
+    (dict(scoring_func="softmax"), 'scoring_func "softmax" is unknown'),
     (dict(num_key_value_heads=8), "num_key_value_heads is 8 but num_attention_heads is 64"),
     (dict(head_dim=100), "head_dim 100 is neither qk_rope_head_dim 64"),
     (dict(qk_rope_head_dim=63), "qk_rope_head_dim must be even, got 63"),
@@ -130,11 +146,17 @@ CONTRADICTIONS = [
     (weights(symmetric=False), "weights.symmetric False, but only True"),
     (weights(actorder="group"), "actorder 'group'"),
     (dict(quantization_config={"quant_method": "gptq"}), 'quant_method "gptq"'),
-    ({"moe_intermediate_size": 72, **weights()}, "moe_intermediate_size 72 is not a multiple of .* group_size 32"),
+    (
+        {"moe_intermediate_size": 72, **weights()},
+        "moe_intermediate_size 72 is not a multiple of .* group_size 32",
+    ),
     (dict(rope_scaling={"type": "linear", "factor": 2.0}), 'rope type "linear" is unknown'),
     (dict(rope_scaling={"type": "yarn", "rope_type": "linear", **YARN}), "name different scalings"),
     (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "lacks original_max_position_embeddings"),
-    (dict(rope_theta=1e4, rope_parameters={"rope_theta": 5e4, "rope_type": "default"}), "rope_theta 10000.0 contradicts"),
+    (
+        dict(rope_theta=1e4, rope_parameters={"rope_theta": 5e4, "rope_type": "default"}),
+        "rope_theta 10000.0 contradicts",
+    ),
 ]
 
 
@@ -150,8 +172,14 @@ def test_contradictions_are_named(fields, sentence):
         (dict(mm_projector_type="mlp"), "vision_config.mm_projector_type 'mlp' is unknown"),
         (dict(merge_type="sd3"), "vision_config.merge_type 'sd3' is unknown"),
         (dict(merge_kernel_size=[4, 4]), r"merge_kernel_size \[4, 4\] is unknown"),
-        (dict(vt_hidden_size=100, vt_num_attention_heads=3), "vt_hidden_size 100 over vt_num_attention_heads 3"),
-        (dict(hidden_size=1024), "vision_config.hidden_size 1024 contradicts vision_config.vt_hidden_size 1152"),
+        (
+            dict(vt_hidden_size=100, vt_num_attention_heads=3),
+            "vt_hidden_size 100 over vt_num_attention_heads 3",
+        ),
+        (
+            dict(hidden_size=1024),
+            "vision_config.hidden_size 1024 contradicts vision_config.vt_hidden_size 1152",
+        ),
         (dict(mm_hidden_size=7168), "mm_hidden_size 7168 differs from vt_hidden_size 1152"),
     ],
 )
@@ -163,8 +191,14 @@ def test_vision_contradictions_are_named(fields, sentence):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        (dict(vision_config={"text_hidden_size": 4096}), "text_hidden_size 4096 differs from text_config.hidden_size 7168"),
-        (dict(media_placeholder_token_id=163840), "media_placeholder_token_id 163840 lies outside vocab_size 163840"),
+        (
+            dict(vision_config={"text_hidden_size": 4096}),
+            "text_hidden_size 4096 differs from text_config.hidden_size 7168",
+        ),
+        (
+            dict(media_placeholder_token_id=163840),
+            "media_placeholder_token_id 163840 lies outside vocab_size 163840",
+        ),
         (dict(tie_word_embeddings=True), "contradicts text_config.tie_word_embeddings"),
     ],
 )

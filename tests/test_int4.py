@@ -27,7 +27,16 @@ def test_words_are_the_golden_words(case):
 
 
 def test_one_word_decoded_by_hand():
-    assert unpack_int4(torch.tensor([0x76543210], dtype=torch.int32)).tolist() == [-8, -7, -6, -5, -4, -3, -2, -1]
+    assert unpack_int4(torch.tensor([0x76543210], dtype=torch.int32)).tolist() == [
+        -8,
+        -7,
+        -6,
+        -5,
+        -4,
+        -3,
+        -2,
+        -1,
+    ]
 
 
 def test_golden_matrix_unpacks_and_dequantises_bit_for_bit():
@@ -81,7 +90,9 @@ def test_slices_dequantise_to_slices():
 def test_scales_of_any_float_dtype_are_read(scale_dtype):
     packed, scale = quantize_int4(torch.randn(4, 64), scale_dtype=scale_dtype)
     assert dequantize_int4(packed, scale, torch.bfloat16).dtype == torch.bfloat16
-    error = dequantize_int4(packed, scale.bfloat16(), torch.float32) - dequantize_int4(packed, scale, torch.float32)
+    error = dequantize_int4(packed, scale.bfloat16(), torch.float32) - dequantize_int4(
+        packed, scale, torch.float32
+    )
     assert error.abs().max() <= 2**-8 * 7 * scale.float().max()
 
 
