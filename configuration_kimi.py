@@ -343,8 +343,9 @@ class KimiK25VisionConfig(_ExplicitConfig):
         self.vt_num_hidden_layers = vt_num_hidden_layers
         self.vt_num_attention_heads = vt_num_attention_heads
         self.vt_intermediate_size = vt_intermediate_size
-        both_ways = isinstance(merge_kernel_size, int)
-        self.merge_kernel_size = [merge_kernel_size] * 2 if both_ways else list(merge_kernel_size)
+        if isinstance(merge_kernel_size, int):
+            merge_kernel_size = (merge_kernel_size, merge_kernel_size)
+        self.merge_kernel_size = list(merge_kernel_size)
         self.merge_type = merge_type
         self.video_attn_type = video_attn_type
         self.mm_projector_type = mm_projector_type

@@ -12,7 +12,7 @@ tokens of all items together, P patches, N media items.
 
 import inspect
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -69,8 +69,8 @@ class Decoder(nn.Module):
     def forward(
         self,
         inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
@@ -80,7 +80,9 @@ class Decoder(nn.Module):
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
         mask = _causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
         cos_sin = self.rotary_emb(position_ids)
-        x, all_states, all_weights = inputs_embeds, [inputs_embeds], []
+        all_states: list[Any] = [inputs_embeds]
+        all_weights: list[Any] = []
+        x = inputs_embeds
         for layer in self.layers:
             x, weights = layer(
                 x, position_embeddings=cos_sin, attention_mask=mask, past_key_values=past_key_values, **kwargs
@@ -132,8 +134,8 @@ class KimiK25PreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(module, Router):
             nn.init.zeros_(module.e_score_correction_bias)
-        elif getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+        elif isinstance(bias := getattr(module, "bias", None), torch.Tensor):
+            nn.init.zeros_(bias)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Logical weights: an int4 expert counts its codes, not its words, scales and shapes."""
@@ -270,16 +272,12 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         Returns logits (B, kept, V) in the model's dtype, the loss if labels are given, and the cache, which holds the
         latents: 576 values per token and layer at full size.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds.")
         text, kept = self.config.text_config, kwargs.pop("cache_position", None)
         if use_cache is None:
             use_cache = text.use_cache and not (self.training and self.is_gradient_checkpointing)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=text)
-        if inputs_embeds is None:
-            _check_ids(input_ids, text.vocab_size)
-            inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, H)
+        inputs_embeds = self._embed(input_ids, inputs_embeds)  # (B, T, H)
         if pixel_values is not None and pixel_values.numel():
             inputs_embeds = self._insert_media(input_ids, inputs_embeds, pixel_values, grid_thws)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -323,30 +321,40 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         """(P, 3, 14, 14) and (N, 3) to N tensors (tokens of the item, H); an item is an image or a chunk of a video."""
         return self.mm_projector(self.vision_tower(pixel_values, grid_thws))
 
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        if input_ids is None:
+            return cast(torch.Tensor, inputs_embeds)
+        _check_ids(input_ids, self.config.text_config.vocab_size)
+        return self.get_input_embeddings()(input_ids)
+
     def _insert_media(
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor,
         pixel_values: torch.Tensor,
-        grid_thws: torch.Tensor,
+        grid_thws: torch.Tensor | None,
     ) -> torch.Tensor:
         """Puts the vision features in the places of `<|media_pad|>`, in order; the length never changes."""
         if input_ids is None:
             raise ValueError(
                 "pixel_values need input_ids, whose <|media_pad|> tokens say where the features go."
             )
-        features = self.get_image_features(pixel_values, grid_thws)
+        if grid_thws is None:
+            raise ValueError("pixel_values need grid_thws, (N, 3) frames, rows and columns of each item.")
+        items = self.get_image_features(pixel_values, grid_thws)
         places = input_ids == self.config.media_placeholder_token_id  # (B, T)
-        num_places, num_tokens = int(places.sum()), sum(len(item) for item in features)
+        num_places, num_tokens = int(places.sum()), sum(len(item) for item in items)
         if num_places != num_tokens:
             hint = "; let the processor expand each placeholder (expand_media=True)" * (
-                num_places == len(features)
+                num_places == len(items)
             )
             raise ValueError(
                 f"found {num_places} <|media_pad|> tokens but the media make {num_tokens} vision tokens (grids"
                 f" {grid_thws.tolist()}){hint}."
             )
-        features = torch.cat(features).to(inputs_embeds.device, inputs_embeds.dtype)
+        features = torch.cat(items).to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(places.unsqueeze(-1), features)
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -389,7 +397,7 @@ def _causal_mask(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     position_ids: torch.Tensor,
-) -> torch.Tensor | None:
+) -> Any:
     """The mask in the form that the chosen attention implementation wants; the two majors differ in two arguments."""
     arguments = {
         "config": config,
@@ -452,5 +460,5 @@ def _upload(
     repo = api.create_repo(name, private=private, exist_ok=True).repo_id
     message = commit_message or "Upload KimiK25ForConditionalGeneration"
     api.upload_folder(
-        repo_id=repo, folder_path=folder, commit_message=message, create_pr=create_pr, revision=revision
+        repo_id=repo, folder_path=os.fspath(folder), commit_message=message, create_pr=create_pr, revision=revision
     )
