@@ -65,26 +65,32 @@ def write_tiny_checkpoint(
     partial = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    base = write_tiny_tiktoken(partial / "tiktoken.model", num_merges=num_merges)
-    write_configs(partial, base, text or {}, vision or {})
-    copy_code(partial)
+    base = write_tokenizer(partial, num_merges)
+    write_model_configs(partial, base, text or {}, vision or {})
     write_random_weights(partial, seed, max_shard_size)
     shutil.rmtree(folder, ignore_errors=True)
     return partial.rename(folder)
 
 
-def copy_code(folder: Path) -> None:
-    """The doors, the rooms and the template, as `save_pretrained` would lay them beside weights."""
-    for path in (
-        *sorted(ROOT.glob("*_kimi.py")),
-        *sorted(ROOT.glob("kimi_*.py")),
-        ROOT / "chat_template.jinja",
-    ):
-        shutil.copy(path, folder)
+def write_tokenizer(folder: Path, num_merges: int = 600) -> int:
+    """A vocabulary with its `tokenizer_config.json`, the template and all code; returns the first reserved id."""
+    base = write_tiny_tiktoken(folder / "tiktoken.model", num_merges=num_merges)
+    config = json.loads((ROOT / "tokenizer_config.json").read_text())
+    tokens = config["added_tokens_decoder"].items()
+    config["added_tokens_decoder"] = {str(int(i) + base - PUBLISHED_BASE): token for i, token in tokens}
+    write_json(folder / "tokenizer_config.json", config)
+    for pattern in ("*_kimi.py", "kimi_*.py", "chat_template.jinja"):
+        for path in sorted(ROOT.glob(pattern)):
+            shutil.copy(path, folder)
+    return base
 
 
-def write_configs(folder: Path, base: int, text: dict[str, Any], vision: dict[str, Any]) -> None:
-    """The repository's JSON files with small sizes, and every token id moved from the published base to `base`."""
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_model_configs(folder: Path, base: int, text: dict[str, Any], vision: dict[str, Any]) -> None:
+    """config.json and generation_config.json with small sizes, and every token id moved from the published base to `base`."""
     shift = base - PUBLISHED_BASE
     config = json.loads((ROOT / "config.json").read_text())
     config["text_config"].update({**TINY_TEXT, **text}, vocab_size=base + 256)
@@ -101,15 +107,8 @@ def write_configs(folder: Path, base: int, text: dict[str, Any], vision: dict[st
             if name in settings:
                 ids = settings[name]
                 settings[name] = [i + shift for i in ids] if isinstance(ids, list) else ids + shift
-    tokenizer = json.loads((ROOT / "tokenizer_config.json").read_text())
-    tokens = tokenizer["added_tokens_decoder"]
-    tokenizer["added_tokens_decoder"] = {str(int(index) + shift): token for index, token in tokens.items()}
-    for name, content in (
-        ("config.json", config),
-        ("generation_config.json", generation),
-        ("tokenizer_config.json", tokenizer),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation)
 
 
 def write_random_weights(folder: Path, seed: int, max_shard_size: int | str) -> None:

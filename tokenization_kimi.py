@@ -33,9 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import tiktoken
-import transformers
 from transformers import AddedToken, PreTrainedTokenizer
 from transformers.utils import get_json_schema, to_py_obj
+
+from .kimi_messages import field_to_continue, normalize_messages, refuse_to_stop_thinking
 
 VOCAB_FILE = "tiktoken.model"
 NUM_RESERVED = 256
@@ -568,36 +569,6 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         )
 
 
-def refuse_to_stop_thinking(options: Mapping[str, Any]) -> None:
-    """The model was trained to think in every turn; a prompt that says otherwise leaves what it has seen."""
-    off = {"none", "off", "disabled"}
-    for name in ("thinking", "preserve_thinking", "enable_thinking", "reasoning_effort"):
-        value = options.get(name)
-        asked = (
-            value.get("type") if isinstance(value, Mapping) else value
-        )  # {"type": "disabled"} of the web API
-        if value is not None and (not value or (isinstance(asked, str) and asked.lower() in off)):
-            raise ValueError(
-                f"{name}={value!r} is not available: Kimi K2.7 Code always thinks and keeps the reasoning of earlier "
-                f"turns. Leave the option out."
-            )
-
-
-def field_to_continue(field: bool | str) -> bool | str:
-    """What `continue_final_message` is called after normalisation, for the transformers at hand."""
-    if not isinstance(field, str) or field == "content":
-        return bool(field)
-    if field not in REASONING_FIELDS:
-        raise ValueError(
-            f"continue_final_message={field!r}: only 'content' and {REASONING_FIELDS} can be continued"
-        )
-    if int(transformers.__version__.split(".")[0]) < 5:
-        raise ValueError(
-            f"continue_final_message={field!r} needs transformers 5; {transformers.__version__} is running"
-        )
-    return "reasoning_content"
-
-
 def normalize_tools(tools: Iterable[Any] | None) -> list[Any] | None:
     """Tools as dicts with sorted keys; functions become schemas. None if there are none."""
     schemas = []
@@ -620,130 +591,6 @@ def deep_sort_dict(value: Any) -> Any:
 def render_tool_declaration(tools: list[Any]) -> str:
     """What the model reads about its tools: compact JSON. The one place that decides on the form."""
     return json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
-
-
-# What a message's reasoning may be called; the first that is not None counts.
-REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")
-PART_TYPES = ("text", "image", "image_url", "video", "video_url")
-
-
-def expect(value: Any, kinds: type | tuple[type, ...], field: str) -> None:
-    if not isinstance(value, kinds):
-        names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-        raise ValueError(f"{field} must be a {names}, not {value!r}")
-
-
-def normalize_messages(messages: Iterable[Any]) -> list[dict[str, Any]]:
-    """New messages that the template renders as they are; the given ones stay untouched.
-
-    role: required. name: replaces the role in the header. content: a text, a list of parts, or nothing. A part is a
-    string, {"text": ...}, or a dict whose type is text, image, image_url, video or video_url. Reasoning of an
-    assistant: `reasoning`, else `reasoning_content`, else `thinking`. A tool call without an id gets functions.NAME:N,
-    where N counts the calls of the whole conversation, as the model itself numbers them; one without arguments gets
-    {}. A tool result without tool_call_id answers the preceding assistant message if just one of its calls is open.
-    Everything else is a ValueError with the index of the message and the field.
-    """
-    if isinstance(messages, (str, Mapping)) or not messages:
-        raise ValueError(f"a conversation is a list of at least one message, not {messages!r}")
-    normalized = []
-    num_calls, open_ids = 0, []
-    for index, given in enumerate(messages):
-        where = f"messages[{index}]"
-        expect(given, Mapping, where)
-        message = {key: value for key, value in given.items() if value is not None}
-        if not message.get("role"):
-            raise ValueError(f"{where}.role is missing")
-        reasoning = next((message[field] for field in REASONING_FIELDS if field in message), "")
-        for field, value in (
-            ("role", message["role"]),
-            ("name", message.get("name", "")),
-            ("reasoning", reasoning),
-        ):
-            expect(value, str, f"{where}.{field}")
-        message = {
-            key: value for key, value in message.items() if key not in (*REASONING_FIELDS, "tool_calls")
-        }
-        message["content"] = normalize_content(message.get("content", ""), f"{where}.content")
-        if message["role"] == "assistant":
-            message["reasoning_content"] = reasoning
-            calls = normalize_tool_calls(given.get("tool_calls") or [], num_calls, f"{where}.tool_calls")
-            if calls:
-                message["tool_calls"] = calls
-            num_calls += len(calls)
-            open_ids = [call["id"] for call in calls]
-        elif message["role"] == "tool":
-            answered = answered_call(message.get("tool_call_id"), open_ids, where)
-            open_ids = [call_id for call_id in open_ids if call_id != answered]
-            message["tool_call_id"] = answered
-        normalized.append(message)
-    return normalized
-
-
-def normalize_content(content: Any, field: str) -> str | list[dict[str, Any]]:
-    expect(content, (str, list, tuple), field)
-    if isinstance(content, str):
-        return content
-    parts: list[dict[str, Any]] = []
-    for index, part in enumerate(content):
-        part = {"text": part} if isinstance(part, str) else part
-        expect(part, Mapping, f"{field}[{index}]")
-        kind = part.get("type") or ("text" if "text" in part else None)
-        if kind not in PART_TYPES:
-            raise ValueError(f"{field}[{index}].type must be one of {PART_TYPES}, not {kind!r}")
-        if kind == "text":
-            expect(part.get("text"), str, f"{field}[{index}].text")
-        if kind == "text" and parts and parts[-1]["type"] == "text":
-            parts[-1]["text"] += part["text"]  # neighbours become one, so that no marker hides in the seam
-        else:
-            parts.append({**part, "type": kind})
-    return parts
-
-
-def normalize_tool_calls(calls: Any, num_before: int, field: str) -> list[dict[str, Any]]:
-    """Calls with an id and arguments. `num_before` calls precede these in the conversation."""
-    expect(calls, (list, tuple), field)
-    normalized = []
-    for index, call in enumerate(calls):
-        where = f"{field}[{index}]"
-        expect(call, Mapping, where)
-        expect(call.get("function"), Mapping, f"{where}.function")
-        name, arguments = call["function"].get("name"), call["function"].get("arguments")
-        if not call.get("id") and not name:
-            raise ValueError(f"{where} has no id, and no function.name to make one from")
-        call_id = call.get("id") or f"functions.{name}:{num_before + index}"
-        arguments = {} if arguments is None else arguments
-        expect(call_id, str, f"{where}.id")
-        expect(arguments, (str, Mapping), f"{where}.function.arguments")
-        normalized.append({**call, "id": call_id, "function": {**call["function"], "arguments": arguments}})
-    return normalized
-
-
-def answered_call(call_id: Any, open_ids: list[str], where: str) -> str:
-    """The id of the call that a tool result answers."""
-    if not call_id and len(open_ids) != 1:
-        raise ValueError(
-            f"{where}.tool_call_id is missing, and the preceding assistant message has {len(open_ids)} open calls "
-            f"{open_ids}; only with exactly one is it clear which call the result answers"
-        )
-    call_id = call_id or open_ids[0]
-    expect(call_id, str, f"{where}.tool_call_id")
-    return call_id
-
-
-def normalize_tool_ids(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Normalised messages in which every call, and each result that answers it, has the id the model would have given:
-    functions.NAME:N. For histories that come from elsewhere; the model copies the shape of the ids it sees."""
-    normalized = normalize_messages(messages)
-    new_ids: dict[str, str] = {}
-    num_calls = 0
-    for message in normalized:
-        if message["role"] == "tool":
-            message["tool_call_id"] = new_ids.get(message["tool_call_id"], message["tool_call_id"])
-        for call in message.get("tool_calls", []):
-            expect(call["function"].get("name"), str, "function.name of a tool call to rename")
-            new_ids[call["id"]] = call["id"] = f"functions.{call['function']['name']}:{num_calls}"
-            num_calls += 1
-    return normalized
 
 
 # save_pretrained copies this file and names it in auto_map, however the class was reached.

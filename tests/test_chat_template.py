@@ -9,13 +9,8 @@ import pytest
 import transformers
 from conftest import DATA, ROOT
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from kimi.tokenization_kimi import (
-    TikTokenTokenizer,
-    deep_sort_dict,
-    normalize_messages,
-    normalize_tool_ids,
-    render_tool_declaration,
-)
+from kimi.kimi_messages import normalize_messages, normalize_tool_ids
+from kimi.tokenization_kimi import TikTokenTokenizer, deep_sort_dict, render_tool_declaration
 from tiny_vocab import write_tokenizer_folder
 
 GOLDEN = json.loads((DATA / "chat_golden.json").read_text())
