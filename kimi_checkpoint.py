@@ -311,6 +311,8 @@ def _read_into(parameter: torch.Tensor, slot: Slot, source: Source, handle: Any)
 def _install(slot: Slot, tensor: torch.Tensor, device: Any, folder: Any, index: dict[str, Any]) -> None:
     """Puts a filled tensor into the model, or into the offload folder for a module on "disk"."""
     old = slot.target
+    if slot.parameter.endswith("weight_shape"):
+        _check_matrix_shapes(slot, tensor)
     if device == "disk":
         from accelerate.utils import offload_weight
 
@@ -321,6 +323,18 @@ def _install(slot: Slot, tensor: torch.Tensor, device: Any, folder: Any, index: 
         slot.module._parameters[slot.parameter] = nn.Parameter(tensor, requires_grad=old.requires_grad)
     else:
         slot.module._buffers[slot.parameter] = tensor
+
+
+def _check_matrix_shapes(slot: Slot, stack: torch.Tensor) -> None:
+    """`weight_shape` of every expert must say what the packed words' own shape says."""
+    projection, tensor = slot.module.published[slot.parameter]
+    expected = list(slot.module.shapes[projection])
+    for expert, found in enumerate(stack.tolist()):
+        if found != expected:
+            name = slot.path.removesuffix(slot.parameter) + f"{expert}.{projection}.{tensor}"
+            raise ValueError(
+                f"{name} of the checkpoint says {found}, but the config makes the matrix {expected}."
+            )
 
 
 def _default_shapes(
@@ -426,7 +440,12 @@ def write_shards(
     files = [f"{stem}.safetensors"] if len(shards) == 1 else files
     for file, names in zip(logging.tqdm(files, desc="Writing shards", disable=None), shards, strict=True):
         temporary = folder / f"{file}.part"
+        temporary.touch()
+        mode = (
+            temporary.stat().st_mode
+        )  # what the umask allows; safetensors makes files private to their owner
         save_file(tensors_of(names), temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
         os.replace(temporary, folder / file)
         weight_map.update(dict.fromkeys(names, file))
     index = folder / f"model.safetensors.index{f'.{variant}' if variant else ''}.json"

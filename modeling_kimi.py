@@ -365,6 +365,13 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             _check_length(0, prompt.shape[-1], self.config.text_config.max_position_embeddings)
         return super().generate(inputs, *args, **kwargs)
 
+    def _prepare_generated_length(self, **kwargs: Any) -> Any:
+        """Keeps 5.x from warning at each call that max_new_tokens beats the max_length of generation_config.json."""
+        settings = kwargs["generation_config"]
+        if settings.max_new_tokens is not None and settings.max_length == self.generation_config.max_length:
+            kwargs["has_default_max_length"] = True
+        return super()._prepare_generated_length(**kwargs)
+
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> dict:
@@ -460,5 +467,9 @@ def _upload(
     repo = api.create_repo(name, private=private, exist_ok=True).repo_id
     message = commit_message or "Upload KimiK25ForConditionalGeneration"
     api.upload_folder(
-        repo_id=repo, folder_path=os.fspath(folder), commit_message=message, create_pr=create_pr, revision=revision
+        repo_id=repo,
+        folder_path=os.fspath(folder),
+        commit_message=message,
+        create_pr=create_pr,
+        revision=revision,
     )
