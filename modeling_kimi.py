@@ -12,6 +12,8 @@ tokens of all items together, P patches, N media items.
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -210,7 +212,8 @@ class KimiK25PreTrainedModel(PreTrainedModel):
             )
         if not kwargs.pop("safe_serialization", True):
             raise ValueError("safe_serialization=False would write pickle; only safetensors are written.")
-        super().save_pretrained(save_directory, is_main_process, state_dict={}, **kwargs)
+        with _no_progress_bar():  # of zero shards: the weights follow
+            super().save_pretrained(save_directory, is_main_process, state_dict={}, **kwargs)
         if is_main_process:
             save_checkpoint(self, save_directory, state_dict, max_shard_size, variant)
         if push_to_hub:
@@ -447,6 +450,17 @@ def _set_stacked_names(model: nn.Module, stacked: bool) -> None:
     for module in model.modules():
         if isinstance(module, Experts):
             module.stacked_names = stacked
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _upload(
