@@ -1,0 +1,37 @@
+# make demo        a small checkpoint in the published layout, loaded and asked a question
+# make test        the test suite on transformers 4.57 (.venv)
+# make test-next   the same on transformers 5.x (.venv-next)
+# make lint        formatting, lint and types
+# Needs Python 3.10 or later and make; each target makes the environment it runs in.
+
+PYTHON ?= python3
+
+.PHONY: demo test test-next lint
+
+demo: .venv/ready
+	.venv/bin/python demo.py
+
+test: .venv/ready-dev
+	.venv/bin/python -m pytest $(ARGS)
+
+test-next: .venv-next/ready-dev
+	.venv-next/bin/python -m pytest $(ARGS)
+
+lint: .venv/ready-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv-next/ready-dev: requirements-next.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv-next
+	.venv-next/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-next.txt -r requirements-dev.txt
+	touch $@
