@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import transformers
 from accelerate import infer_auto_device_map
-from kimi.configuration_kimi import KimiK25Config
-from kimi.tiny_checkpoint import TINY_TEXT, TINY_VISION, write_random_weights
 from torch import nn
 from transformers import PreTrainedModel
 
 from kimi import kimi_moe, modeling_kimi
+from kimi.configuration_kimi import KimiK25Config
+from kimi.tiny_checkpoint import TINY_TEXT, TINY_VISION, write_random_weights
 
 PUBLISHED_EXPERTS = kimi_moe.Experts
 

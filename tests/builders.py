@@ -4,6 +4,7 @@ import json
 import zlib
 
 import torch
+
 from conftest import DATA
 from kimi.configuration_kimi import PUBLISHED_QUANTIZATION, KimiK25Config
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration

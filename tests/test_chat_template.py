@@ -7,8 +7,9 @@ from itertools import pairwise, product
 import jinja2
 import pytest
 import transformers
-from conftest import DATA, ROOT
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from conftest import DATA, ROOT
 from kimi.kimi_messages import normalize_messages, normalize_tool_ids
 from kimi.tokenization_kimi import TikTokenTokenizer, deep_sort_dict, render_tool_declaration
 from tiny_vocab import write_tokenizer_folder

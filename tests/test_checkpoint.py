@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from conftest import ROOT
 from kimi.kimi_checkpoint import parse_size, read_header, split_names
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
 from kimi.tiny_checkpoint import write_tiny_checkpoint
-from safetensors.torch import load_file, save_file
 
 BIAS = "language_model.model.layers.1.mlp.gate.e_score_correction_bias"
 PACKED = "language_model.model.layers.2.mlp.experts.3.up_proj.weight_packed"

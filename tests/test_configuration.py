@@ -4,6 +4,8 @@ import copy
 import json
 
 import pytest
+from transformers import AutoConfig
+
 from conftest import ROOT
 from kimi.configuration_kimi import (
     PUBLISHED_QUANTIZATION,
@@ -11,7 +13,6 @@ from kimi.configuration_kimi import (
     KimiK25TextConfig,
     KimiK25VisionConfig,
 )
-from transformers import AutoConfig
 
 FILE = json.loads((ROOT / "config.json").read_text())
 YARN = {"factor": 64.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}

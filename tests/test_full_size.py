@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+
 from kimi.configuration_kimi import KimiK25Config
 from kimi.kimi_checkpoint import model_slots
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration

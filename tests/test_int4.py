@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from conftest import DATA
 from kimi.kimi_int4 import dequantize_int4, int4_linear, pack_int4, quantize_int4, unpack_int4
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from builders import assert_close, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from builders import assert_close, small_config
 from kimi.kimi_int4 import dequantize_int4, quantize_int4
 from kimi.kimi_moe import ExpertMatrices, Experts, MoE, Router, route, run_experts
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 from kimi.tiny_checkpoint import write_tiny_checkpoint
 

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AddedToken
+
+from conftest import ROOT
+from kimi import tokenization_kimi
 from kimi.tiny_vocabulary import SAMPLE
 from kimi.tokenization_kimi import (
     NAMED_TOKENS,
@@ -30,9 +33,6 @@ from kimi.tokenization_kimi import (
     split_long_text,
 )
 from tiny_vocab import PUBLISHED_BASE, write_tokenizer_folder
-from transformers import AddedToken
-
-from kimi import tokenization_kimi
 
 NAMES = list(NAMED_TOKENS.values())
 KEPT = {"<think>", "</think>", *(name for name in NAMES if "tool_call" in name)}

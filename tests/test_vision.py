@@ -12,6 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
+
 from conftest import DATA
 from kimi.kimi_vision import (
     MoonViT,
@@ -24,10 +29,6 @@ from kimi.kimi_vision import (
     rotate_pairs,
     temporal_embedding,
 )
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import is_flash_attn_2_available
 
 GOLDEN = json.loads((DATA / "vision_golden.json").read_text())["vision"]
 TOLERANCE = GOLDEN["tolerance"]["fp32_abs"]  # the golden file's own: float32 against float64
