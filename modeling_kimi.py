@@ -370,8 +370,8 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
 
     def _prepare_generated_length(self, **kwargs: Any) -> Any:
         """Keeps 5.x from warning at each call that max_new_tokens beats the max_length of generation_config.json."""
-        settings = kwargs["generation_config"]
-        if settings.max_new_tokens is not None and settings.max_length == self.generation_config.max_length:
+        settings, own = kwargs["generation_config"], self.generation_config
+        if settings.max_new_tokens is not None and own and settings.max_length == own.max_length:
             kwargs["has_default_max_length"] = True
         return super()._prepare_generated_length(**kwargs)
 
