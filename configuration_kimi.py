@@ -17,11 +17,15 @@ Field names are the published ones; each is read once and has one spelling in Py
 * `dtype`. Without `dtype=` transformers 4.57 loads float32; `modeling_kimi.py` asks for "auto" instead, that is
   for the bfloat16 written in the file.
 
+Two settings choose how the model computes, not what: `mla_path` and `int4_backend`. They are given as keywords (also of
+`from_pretrained`) or environment variables (`KIMI_MLA_PATH`, `KIMI_INT4_BACKEND`) and never written to `config.json`.
+
 A config that contradicts itself is refused here with a sentence that names the fields and their values.
 """
 
 import copy
 import inspect
+import os
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -70,6 +74,27 @@ def _require(condition: bool, sentence: str) -> None:
         raise ValueError(sentence)
 
 
+class Choice:
+    """A run-time setting of a config: one of `options`, "auto" unless it is set or the environment variable is."""
+
+    def __init__(self, variable: str, *options: str):
+        self.variable, self.options = variable, ("auto", *options)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name, self.field = name, f"_{name}"
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else instance.__dict__[self.field]
+
+    def __set__(self, instance: Any, value: str | None) -> None:
+        value = value or os.environ.get(self.variable) or "auto"
+        _require(
+            value in self.options,
+            f'{self.name} (or {self.variable}) is "{value}"; it is one of {", ".join(self.options)}.',
+        )
+        instance.__dict__[self.field] = value
+
+
 class _ExplicitConfig(PretrainedConfig):
     """Writes every field of its own signature, also those that equal a default.
 
@@ -108,11 +133,16 @@ class KimiK25TextConfig(_ExplicitConfig):
         rope_theta, rope_scaling: rotary base and YaRN block, 4.57 style. `rope_parameters`: the same, 5.x style.
         max_position_embeddings: longest context in tokens.
         expert_quantization / quantization_config: the compressed-tensors block; None means dense experts.
+        mla_path: how attention runs, "auto", "expand", or "absorb" ("absorb-eager", "absorb-sdpa", "absorb-triton").
+        int4_backend: what multiplies packed experts, "auto", "reference", "cpu" or "triton".
     """
 
     model_type = "kimi_k2"
     base_config_key = "text_config"
     keys_to_ignore_at_inference = ("past_key_values",)
+    mla_path = Choice("KIMI_MLA_PATH", "expand", "absorb", "absorb-eager", "absorb-sdpa", "absorb-triton")
+    int4_backend = Choice("KIMI_INT4_BACKEND", "reference", "cpu", "triton")
+    choices = ("mla_path", "int4_backend")
 
     def __init__(
         self,
@@ -163,6 +193,8 @@ class KimiK25TextConfig(_ExplicitConfig):
         # They mean nothing, and 4.57 would hand them to generate(); 5.x drops them by itself.
         for name in getattr(PretrainedConfig, "_get_global_generation_defaults", dict)():
             kwargs.pop(name, None)
+        for name in self.choices:
+            setattr(self, name, kwargs.pop(name, None))
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
@@ -224,7 +256,8 @@ class KimiK25TextConfig(_ExplicitConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        output.pop("rope_parameters", None)
+        for name in ("rope_parameters", *(f"_{choice}" for choice in self.choices)):
+            output.pop(name, None)
         output["rope_theta"], output["rope_scaling"] = self.rope_theta, self.rope_scaling
         quantization = output.pop("expert_quantization", None)
         if quantization is not None:
@@ -433,6 +466,10 @@ class KimiK25Config(_ExplicitConfig):
             text["quantization_config"] = quantization_config
         self.text_config = KimiK25TextConfig(**text)
         self.vision_config = KimiK25VisionConfig(**_as_dict(vision_config))
+        for name in self.text_config.choices:
+            if kwargs.get(name) is not None:
+                setattr(self, name, kwargs[name])
+            kwargs.pop(name, None)
         # Before super().__init__: it hands attn_implementation down to the sub-configs.
         super().__init__(**kwargs)
         self.media_placeholder_token_id = media_placeholder_token_id
@@ -444,6 +481,22 @@ class KimiK25Config(_ExplicitConfig):
         self.pad_token_id = pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
         self._validate()
+
+    @property
+    def mla_path(self) -> str:
+        return self.text_config.mla_path
+
+    @mla_path.setter
+    def mla_path(self, value: str) -> None:
+        self.text_config.mla_path = value
+
+    @property
+    def int4_backend(self) -> str:
+        return self.text_config.int4_backend
+
+    @int4_backend.setter
+    def int4_backend(self, value: str) -> None:
+        self.text_config.int4_backend = value
 
     @property
     def hidden_size(self) -> int:
@@ -495,6 +548,7 @@ def _as_dict(config: dict[str, Any] | PretrainedConfig | None) -> dict[str, Any]
         return copy.deepcopy(config)
     output = config.to_dict()
     output["attn_implementation"] = config._attn_implementation
+    output.update({name: getattr(config, name) for name in getattr(config, "choices", ())})
     return output
 
 

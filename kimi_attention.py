@@ -4,11 +4,19 @@ Letters: B sequences, T new tokens, S cached + new tokens, H hidden size, h head
 dn = qk_nope_head_dim (128), dr = qk_rope_head_dim (64), dv = v_head_dim (128).
 
     x (B, T, H)
-      q_a_proj, q_a_layernorm, q_b_proj  -> q      (B, h, T, dn + dr)   [q_nope | q_pe], q_pe rotated
-      kv_a_proj_with_mqa                 -> latent (B, T, c)            normed by kv_a_layernorm; this is cached,
+      q_a_proj, q_a_layernorm, q_b_proj  -> q_nope (B, h, T, dn), q_pe (B, h, T, dr), the latter rotated
+      kv_a_proj_with_mqa                 -> latent (B, 1, T, c)         normed by kv_a_layernorm; this is cached,
                                             k_pe   (B, 1, T, dr)        one head, rotated, not normed; cached too
-      kv_b_proj(latent)                  -> k_nope (B, h, S, dn), v (B, h, S, dv)
-      softmax(scale * (q_nope . k_nope + q_pe . k_pe)) v  -> o_proj     (B, T, H)
+    expand    kv_b_proj(latent)          -> k_nope (B, h, S, dn), v (B, h, S, dv)
+              softmax(scale * (q_nope . k_nope + q_pe . k_pe)) v
+    absorb    kv_b_proj's rows are UK (h, dn, c) and UV (h, dv, c), and since q . (UK c) = (UK^T q) . c
+              UV softmax(scale * ((UK^T q_nope) . latent + q_pe . k_pe)) latent
+      o_proj                             -> (B, T, H)
+
+The two are equal but for rounding. Expanding costs 2c(dn + dv) flops per cached token and head, once per call;
+absorbing makes each pair of query and key 2(2c + dr) flops instead of 2(dn + dr + dv). So few new tokens absorb, and
+read nothing but the cache: a step's time hardly grows with depth. Many new tokens expand, a few heads at a time, so
+that the memory they take is bounded.
 
 The cache holds c + dr = 576 values per token and layer, where expanded keys and values would be h(dn + dr + dv) =
 20,480. It lies in the cache classes of transformers as a single head: keys (B, 1, S, c), values (B, 1, S, dr).
@@ -28,6 +36,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_kimi import KimiK25TextConfig
+from .kimi_cache import append
+
+# New tokens up to which attention runs on the latent. On paper c(dn + dv) / (2c - dn - dv) = 171 against a long cache,
+# 0 without one; see `choose_path`, and LOG.md for where the two really cross.
+ABSORB_UP_TO = 128
+WORKSPACE_BYTES = 512 * 2**20  # for expanded keys and values, or for scores, of one layer's call
 
 
 class RMSNorm(nn.Module):
@@ -142,16 +156,23 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The reference: (B, h, T, d) times (B, h, S, d), additive mask (B, 1, T, S), softmax in fp32.
+    """The reference: (B, h, T, d) times (B, h, S, d), softmax in fp32; a mask (B, 1, T, S), for without one all is seen.
 
     Returns the output (B, T, h, dv) and the weights (B, h, T, S).
     """
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
+    scores = hide(query @ key.transpose(-1, -2) * scaling, attention_mask)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def hide(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores under a mask: additive, or boolean with True = seen. A row that sees nothing stays finite."""
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:  # adding it, as some ports do, would show everything
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask
 
 
 class MLA(nn.Module):
@@ -182,23 +203,27 @@ class MLA(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache_position: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, H) to (B, T, H), and the attention weights (B, h, T, S) if the implementation makes them."""
-        query = self.queries(hidden_states, position_embeddings)
+        """(B, T, H) to (B, T, H), and the attention weights (B, h, T, S) if the implementation is "eager"."""
+        q_nope, q_pe = self.queries(hidden_states, position_embeddings)
         latent, k_pe = self.latents(hidden_states, position_embeddings)
         if past_key_values is not None:
-            latent, k_pe = past_key_values.update(latent, k_pe, self.layer_idx)
-        key, value = self.expand(latent, k_pe)
-        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+            latent, k_pe = append(past_key_values, latent, k_pe, self.layer_idx, cache_position)
+        path = choose_path(self.config.mla_path, q_nope.shape[2], latent.shape[2])
+        attend = self.absorb if path == "absorb" else self.expand
+        output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)  # (B, T, h, dv)
         return self.o_proj(output.flatten(-2)), weights
 
-    def queries(self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """(B, T, H) to (B, h, T, dn + dr), the last dr rotated."""
+    def queries(
+        self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, H) to q_nope (B, h, T, dn) and rotated q_pe (B, h, T, dr)."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, T, dn + dr)
         q_nope, q_pe = q.split((self.nope_dim, self.rope_dim), dim=-1)
-        return torch.cat((q_nope, apply_rotary(q_pe, *cos_sin)), dim=-1)
+        return q_nope, apply_rotary(q_pe, *cos_sin)
 
     def latents(
         self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
@@ -208,11 +233,73 @@ class MLA(nn.Module):
         latent, k_pe = compressed.split((self.latent_dim, self.rope_dim), dim=-1)
         return self.kv_a_layernorm(latent), apply_rotary(k_pe, *cos_sin)
 
-    def expand(self, latent: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cached (B, 1, S, c) and (B, 1, S, dr) to keys (B, h, S, dn + dr) and values (B, h, S, dv)."""
-        kv = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k_nope, value = kv.split((self.nope_dim, self.v_dim), dim=-1)
-        return torch.cat((k_nope, k_pe.expand(-1, self.num_heads, -1, -1)), dim=-1), value
+    def up_projections(self, latent: torch.Tensor) -> torch.Tensor:
+        """`kv_b_proj` as (h, dn + dv, c): UK above UV of each head. A view of the weight wherever that is the weight.
+
+        Adapters and offloading hooks replace what the module computes, not its `weight`; then the module is asked for
+        the images of the c unit vectors.
+        """
+        module = self.kv_b_proj
+        if type(module) is nn.Linear and not hasattr(module, "_hf_hook"):
+            weight = module.weight
+        else:
+            units = torch.eye(self.latent_dim, dtype=latent.dtype, device=latent.device)
+            weight = module(units).T
+        return weight.unflatten(0, (self.num_heads, -1))
+
+    def absorb(
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        latent: torch.Tensor,
+        k_pe: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention on the cache as it is: latent (B, 1, S, c), k_pe (B, 1, S, dr). Returns (B, T, h, dv)."""
+        up_k, up_v = self.up_projections(latent).split((self.nope_dim, self.v_dim), dim=1)
+        q_latent = torch.einsum("bhtd,hdc->bhtc", q_nope, up_k)
+        flash = "flash" in self.config._attn_implementation
+        mask = readable_mask(attention_mask, q_nope.shape[2], latent.shape[2], latent.device, flash)
+        attend = pick_latent_attention(self.config.mla_path, latent.device, self.wants_weights())
+        parts = []
+        step = queries_at_once(q_latent, latent.shape[2])
+        for start in range(0, q_latent.shape[2], step):
+            rows = slice(start, start + step)
+            mask_rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+            parts.append(attend(q_latent[:, :, rows], q_pe[:, :, rows], latent, k_pe, mask_rows, self.scaling))
+        output = torch.cat([part for part, _ in parts], dim=2)  # (B, h, T, c)
+        weights = torch.cat([scores for _, scores in parts], dim=2) if self.wants_weights() else None
+        return torch.einsum("bhtc,hvc->bthv", output, up_v), weights
+
+    def expand(
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        latent: torch.Tensor,
+        k_pe: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention on keys and values made from the cache, as many heads at a time as the workspace holds."""
+        up, outputs, weights = None, [], []
+        heads = heads_at_once(latent, self.num_heads, self.nope_dim + self.rope_dim)
+        query = torch.cat((q_nope, q_pe), dim=-1)
+        for start in range(0, self.num_heads, heads):
+            part = slice(start, start + heads)
+            if heads >= self.num_heads:
+                kv = self.kv_b_proj(latent.squeeze(1))  # (B, S, h (dn + dv))
+            else:
+                up = self.up_projections(latent) if up is None else up
+                kv = F.linear(latent.squeeze(1), up[part].flatten(0, 1))
+            kv = kv.unflatten(-1, (-1, self.nope_dim + self.v_dim)).transpose(1, 2)
+            k_nope, value = kv.split((self.nope_dim, self.v_dim), dim=-1)
+            key = torch.cat((k_nope, k_pe.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
+            output, scores = self.attend(query[:, part], key, value, attention_mask, **kwargs)
+            outputs.append(output)
+            weights.append(scores)
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)  # (B, T, h, dv)
+        return joined, None if weights[0] is None else torch.cat(weights, dim=1)
 
     def attend(
         self,
@@ -223,9 +310,9 @@ class MLA(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention by the chosen implementation, (B, T, h, dv)."""
-        name, attention = self.config._attn_implementation, eager_attention
-        if name not in (None, "eager"):
-            attention: Callable = ALL_ATTENTION_FUNCTIONS[name]
+        attention: Callable = eager_attention
+        if not self.wants_weights():
+            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
             # The fused kernels want one width for k and v; without it SDPA falls back to materialised scores.
             value = F.pad(value, (0, query.shape[-1] - self.v_dim))
         dropout = self.config.attention_dropout if self.training else 0.0
@@ -233,3 +320,101 @@ class MLA(nn.Module):
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )
         return output[..., : self.v_dim], weights
+
+    def wants_weights(self) -> bool:
+        return self.config._attn_implementation == "eager"
+
+
+# ----------------------------------------------------------------------------------------------------- expand helpers
+
+
+def choose_path(path: str, num_new: int, num_total: int) -> str:
+    """ "absorb" or "expand" for T new tokens against S cached and new ones; `path` forces one unless it is "auto"."""
+    if path != "auto":
+        return path.partition("-")[0]
+    # Expanding is done once for all queries, so it pays from some number of them on; sooner when there is little to expand.
+    return "absorb" if num_new == 1 or (num_new <= ABSORB_UP_TO and num_total >= 4 * num_new) else "expand"
+
+
+def heads_at_once(latent: torch.Tensor, num_heads: int, qk_dim: int) -> int:
+    """Heads whose keys and (padded) values over the S cached tokens fit WORKSPACE_BYTES; at least one."""
+    batch, _, length, _ = latent.shape
+    per_head = batch * length * 2 * qk_dim * latent.element_size()
+    return max(1, min(num_heads, WORKSPACE_BYTES // max(per_head, 1)))
+
+
+# ----------------------------------------------------------------------------------------------------- absorb helpers
+
+
+def readable_mask(
+    mask: torch.Tensor | None, num_new: int, num_total: int, device: torch.device, flash: bool = False
+) -> torch.Tensor | None:
+    """Any mask transformers makes, as (B or 1, 1, T, S): additive floats, or booleans where True may be seen.
+
+    None means causal, and for a single new token nothing is hidden. For flash attention the new tokens are then the last
+    of S, and padding is (B, S), 1 = a token. For SDPA they are the first: it gets None for whole prompts only, also into
+    a static cache, whose S is its capacity.
+    """
+    if mask is not None and mask.ndim == 4:
+        return mask[..., :num_total]
+    causal = None
+    if num_new > 1:
+        ones = torch.ones(num_new, num_total, dtype=torch.bool, device=device)
+        causal = ones.tril(num_total - num_new if flash else 0)[None, None]
+    if mask is None:
+        return causal
+    padding = mask[:, None, None, :num_total].bool()
+    return padding if causal is None else padding & causal
+
+
+def queries_at_once(q_latent: torch.Tensor, num_total: int) -> int:
+    """New tokens whose scores (fp32 twice and once in the model's dtype) fit WORKSPACE_BYTES; at least one."""
+    batch, heads, num_new, _ = q_latent.shape
+    per_query = batch * heads * num_total * (8 + q_latent.element_size())
+    return max(1, min(num_new, WORKSPACE_BYTES // per_query))
+
+
+def pick_latent_attention(path: str, device: torch.device, wants_weights: bool) -> Callable:
+    """The one place that chooses how absorbed attention runs. `path` may force it: "absorb-eager" or "absorb-sdpa"."""
+    forced = path.partition("-")[2]
+    return latent_attention_sdpa if forced == "sdpa" and not wants_weights else latent_attention
+
+
+def latent_attention(
+    q_latent: torch.Tensor,
+    q_pe: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference: one key-value head, shared by all query heads.
+
+    q_latent (B, h, T, c), q_pe (B, h, T, dr), latent (B, 1, S, c), k_pe (B, 1, S, dr), mask as `readable_mask` returns.
+    Returns (B, h, T, c) and the weights (B, h, T, S). Scores and softmax are fp32: the small rotated part is multiplied
+    in fp32, so a score is rounded once, like an expanded one.
+    """
+    scores = many_times_one(q_latent, latent.transpose(-1, -2)).float()
+    scores = (scores + many_times_one(q_pe.float(), k_pe.float().transpose(-1, -2))) * scaling
+    weights = hide(scores, mask).softmax(dim=-1).to(q_latent.dtype)
+    return many_times_one(weights, latent), weights
+
+
+def many_times_one(many: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+    """(B, h, T, k) times (B, 1, k, n), all heads as the rows of one product: the shared operand is read once."""
+    return (many.flatten(1, 2) @ one.squeeze(1)).unflatten(1, many.shape[1:3])
+
+
+def latent_attention_sdpa(
+    q_latent: torch.Tensor,
+    q_pe: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, None]:
+    """The same through PyTorch's fused attention: scores are never stored, but latent and k_pe are joined by a copy."""
+    heads = q_latent.shape[1]
+    query, key = torch.cat((q_latent, q_pe), dim=-1), torch.cat((latent, k_pe), dim=-1)
+    key, value = key.expand(-1, heads, -1, -1), latent.expand(-1, heads, -1, -1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling), None

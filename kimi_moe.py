@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_kimi import KimiK25TextConfig
-from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, int4_linear
+from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, dequantize_int4, int4_linear
 
 
 class MLP(nn.Module):
@@ -102,6 +102,12 @@ class ExpertMatrices(NamedTuple):
             return F.linear(x, self.weight[expert])
         return int4_linear(x, self.weight[expert], self.scale[expert])
 
+    def gathered(self, experts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The matrices of `experts`, (P,) ids on the device, as (P, N, M) in `dtype`."""
+        if self.scale is None:
+            return self.weight[experts].to(dtype)
+        return dequantize_int4(self.weight[experts], self.scale[experts], dtype)
+
 
 class Experts(nn.Module):
     """The routed experts of one layer, stacked.
@@ -151,9 +157,8 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """x (R, H), ids (R, K), weights (R, K) fp32 to the weighted sum of the chosen experts, (R, H) fp32."""
-        return run_experts(
-            x, topk_ids, topk_weights, *(self.matrices(projection) for projection in self.shapes)
-        )
+        run = run_experts_gathered if torch.compiler.is_compiling() else run_experts
+        return run(x, topk_ids, topk_weights, *(self.matrices(projection) for projection in self.shapes))
 
     def num_weights(self) -> int:
         """Logical weights: one for each int4 code, none for scales and shapes."""
@@ -236,6 +241,25 @@ def run_experts(
             output.index_add_(0, rows[chosen], y_e.float() * weights[chosen])
         start += count
     return output
+
+
+def run_experts_gathered(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate: ExpertMatrices,
+    up: ExpertMatrices,
+    down: ExpertMatrices,
+) -> torch.Tensor:
+    """The same without looking at the routing, so that it can be compiled or captured whole: a copy of every chosen
+    expert for every row, which a handful of rows can afford.
+    """
+    rows, choices = topk_ids.shape
+    x = x.repeat_interleave(choices, dim=0).unsqueeze(-1)  # (R K, H, 1)
+    ids = topk_ids.flatten()
+    hidden = F.silu(gate.gathered(ids, x.dtype) @ x) * (up.gathered(ids, x.dtype) @ x)  # (R K, I, 1)
+    output = (down.gathered(ids, x.dtype) @ hidden).float().view(rows, choices, -1)  # (R, K, H)
+    return (output * topk_weights.unsqueeze(-1)).sum(dim=1)
 
 
 class MoE(nn.Module):

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,6 +29,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .configuration_kimi import KimiK25Config, KimiK25TextConfig
 from .kimi_attention import MLA, RMSNorm, RotaryEmbedding
+from .kimi_cache import new_cache, with_latent_layers
 from .kimi_checkpoint import load_checkpoint, loading_result, save_checkpoint
 from .kimi_moe import MLP, Experts, MoE, Router
 from .kimi_vision import MoonViT, PatchMergerProjector, PositionEmbedding
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point name
     from .kimi_int4 import int4_linear  # noqa: F401
 
 logger = logging.get_logger(__name__)
+MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -74,24 +76,30 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache_position: torch.Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """inputs_embeds (B, T, H) to the normed last hidden state (B, T, H)."""
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
-        mask = _causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
-        cos_sin = self.rotary_emb(position_ids)
+        shared = {
+            "position_embeddings": self.rotary_emb(position_ids),
+            "attention_mask": _causal_mask(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position
+            ),
+            "past_key_values": past_key_values,
+            "cache_position": cache_position,
+        }
         all_states: list[Any] = [inputs_embeds]
         all_weights: list[Any] = []
         x = inputs_embeds
         for layer in self.layers:
-            x, weights = layer(
-                x, position_embeddings=cos_sin, attention_mask=mask, past_key_values=past_key_values, **kwargs
-            )
+            x, weights = layer(x, **shared, **kwargs)
             if output_hidden_states:
                 all_states.append(x)
-            all_weights.append(weights)
+            if output_attentions:
+                all_weights.append(weights)
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
@@ -225,6 +233,12 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: KimiK25Config):
         super().__init__(config)
+        for part in (config.text_config, config.vision_config):
+            # transformers decides for the top config only, and without a decision it would make no causal mask at all.
+            if part._attn_implementation is None:
+                part._attn_implementation = config._attn_implementation
+        if config.text_config.first_k_dense_replace >= config.text_config.num_hidden_layers:
+            self._keep_in_fp32_modules_strict = None  # 4.57 insists that the names listed there exist
         self.vision_tower = MoonViT(config.vision_config)
         self.mm_projector = PatchMergerProjector(config.vision_config)
         self.language_model = CausalLM(config.text_config)
@@ -275,24 +289,28 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         Returns logits (B, kept, V) in the model's dtype, the loss if labels are given, and the cache, which holds the
         latents: 576 values per token and layer at full size.
         """
-        text, kept = self.config.text_config, kwargs.pop("cache_position", None)
+        text = self.config.text_config
         if use_cache is None:
             use_cache = text.use_cache and not (self.training and self.is_gradient_checkpointing)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=text)
+            past_key_values = new_cache(text)
         inputs_embeds = self._embed(input_ids, inputs_embeds)  # (B, T, H)
         if pixel_values is not None and pixel_values.numel():
             inputs_embeds = self._insert_media(input_ids, inputs_embeds, pixel_values, grid_thws)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         _check_length(past_length, inputs_embeds.shape[1], text.max_position_embeddings)
+        cache_position = kwargs.pop("cache_position", None)  # 4.57's generate() gives it, 5.x has no such thing
+        if cache_position is None:
+            cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
         if position_ids is None:
-            position_ids = _position_ids(inputs_embeds, attention_mask, past_length, kept)
+            position_ids = _position_ids(attention_mask, cache_position)
 
         outputs = self.language_model.model(
             inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache_position=cache_position,
             output_attentions=self.config.output_attentions
             if output_attentions is None
             else output_attentions,
@@ -368,6 +386,17 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             _check_length(0, prompt.shape[-1], self.config.text_config.max_position_embeddings)
         return super().generate(inputs, *args, **kwargs)
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The cache `generate` would make, with layers that grow in place if it is the default one."""
+        given = model_kwargs.get("past_key_values")
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if given is None and model_kwargs.get("past_key_values") is not None:
+            text = self.config.text_config
+            model_kwargs["past_key_values"] = with_latent_layers(model_kwargs["past_key_values"], text)
+        return result
+
     def _prepare_generated_length(self, **kwargs: Any) -> Any:
         """Keeps 5.x from warning at each call that max_new_tokens beats the max_length of generation_config.json."""
         settings, own = kwargs["generation_config"], self.generation_config
@@ -386,18 +415,11 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         return model_kwargs
 
 
-def _position_ids(
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_length: int | torch.Tensor,
-    cache_position: torch.Tensor | None,
-) -> torch.Tensor:
+def _position_ids(attention_mask: torch.Tensor | None, cache_position: torch.Tensor) -> torch.Tensor:
     """(B or 1, T) positions of the new tokens; left padding takes none, so a padded row equals the row alone."""
-    num_tokens, device = inputs_embeds.shape[1], inputs_embeds.device
+    num_tokens = len(cache_position)
     if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= num_tokens:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
-    if cache_position is None:
-        cache_position = torch.arange(num_tokens, device=device) + past_length
     return cache_position.unsqueeze(0)
 
 
@@ -407,6 +429,7 @@ def _causal_mask(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     position_ids: torch.Tensor,
+    cache_position: torch.Tensor | None,
 ) -> Any:
     """The mask in the form that the chosen attention implementation wants; the two majors differ in two arguments."""
     arguments = {
@@ -416,13 +439,9 @@ def _causal_mask(
         "past_key_values": past_key_values,
         "position_ids": position_ids,
     }
-    known = inspect.signature(create_causal_mask).parameters
-    if "input_embeds" in known:  # 4.57
+    if "input_embeds" in MASK_ARGUMENTS:  # 4.57
         arguments["input_embeds"] = arguments.pop("inputs_embeds")
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        arguments["cache_position"] = (
-            torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-        )
+        arguments["cache_position"] = cache_position
     return create_causal_mask(**arguments)
 
 

@@ -74,6 +74,22 @@ def test_what_is_loaded_is_what_is_written(folder):
     assert model.generation_config.eos_token_id == [497, 496] and model.generation_config.do_sample
 
 
+def test_a_model_loaded_without_further_words_is_causal(folder):
+    """Every way to choose the attention reaches all parts: transformers itself decides for the top config only."""
+    model = Kimi.from_pretrained(folder)
+    for choose in (None, "eager", "sdpa"):
+        if choose:
+            model.set_attn_implementation(choose)
+        parts = (model.config, model.config.text_config, model.config.vision_config)
+        assert {part._attn_implementation for part in parts} == {choose or "sdpa"}
+        with torch.no_grad():
+            other = model(torch.cat((IDS[:, :-1], IDS[:, :1]), dim=1)).logits
+        assert other[:, :-1].equal(logits(model)[:, :-1]) and not other[:, -1].equal(logits(model)[:, -1])
+    eager = Kimi.from_pretrained(folder, attn_implementation="eager")
+    assert eager.config.text_config._attn_implementation == "eager"
+    assert (logits(eager) - logits(model)).abs().max() < 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, "auto", None])
 def test_a_dtype_concerns_neither_packed_weights_nor_the_bias(folder, dtype, caplog):
     logging.getLogger("transformers").propagate = True

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from builders import assert_close, small_config
 from kimi.kimi_int4 import dequantize_int4, quantize_int4
-from kimi.kimi_moe import ExpertMatrices, Experts, MoE, Router, route, run_experts
+from kimi.kimi_moe import ExpertMatrices, Experts, MoE, Router, route, run_experts, run_experts_gathered
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -152,6 +152,16 @@ def test_all_tokens_to_one_expert_and_none_to_the_others():
         ),
     )
     assert out.dtype == torch.float32 and out.equal(alone)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_gathered_is_the_same_without_a_look_at_the_routing(packed):
+    experts = filled(Experts(moe_config(packed)))
+    x, ids = torch.randn(6, 64), torch.stack([torch.randperm(8)[:3] for _ in range(6)])
+    weights = torch.rand(6, 3)
+    matrices = [experts.matrices(projection) for projection in PROJECTIONS]
+    want = run_experts(x, ids, weights, *matrices)
+    assert_close(run_experts_gathered(x, ids, weights, *matrices), want, 1e-4, "fp32, outputs near 10")
 
 
 def test_identity_experts_give_a_sum_anyone_can_check():

@@ -1,0 +1,107 @@
+"""The latent cache: transformers' own cache classes, and a layer for them that grows without copying.
+
+Multi-head latent attention caches two tensors per layer (see `kimi_attention.py`): the latent as the layer's keys,
+(B, 1, S, 512), and the rotated shared key as its values, (B, 1, S, 64). 576 values per token and layer, 70,272 bytes
+per token for the whole model in bf16.
+
+transformers' `DynamicLayer` concatenates at every step, which reads and writes the whole cache for each new token: at
+256K tokens 2 x 18 GB. `LatentLayer` is the same layer with spare room behind its tensors, so a step writes one token.
+Everything else (crop, reorder, repeat, select, deepcopy) is inherited and works on the visible part.
+"""
+
+from inspect import signature
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+
+MIN_ROOM = 256  # tokens
+ROOM_SHARE = 8  # one eighth of the length: a token is copied eight times in a growing cache's life, on average
+
+
+class LatentLayer(DynamicLayer):
+    """A `DynamicLayer` whose `keys` and `values` are the filled part of larger buffers.
+
+    The buffers belong to this layer: a view of `keys` stays valid while the layer grows, but not once it was cropped
+    and grew again. With gradients it concatenates like its parent, since a buffer cannot be written in place then.
+    """
+
+    _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends T tokens, (B, 1, T, c) and (B, 1, T, dr); returns all S of them."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self.is_initialized = True
+        new, past = (key_states, value_states), (self.keys, self.values)
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if not self._has_room(past, end):
+            self._buffers = tuple(map(_roomy_copy, past, new, (end, end)))
+        for buffer, states in zip(self._buffers, new, strict=True):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+    def _has_room(self, past: tuple[torch.Tensor, torch.Tensor], end: int) -> bool:
+        """Whether `past` still is the filled part of the buffers (a reorder makes new tensors), and `end` fits."""
+        return self._buffers is not None and all(
+            tensor.data_ptr() == buffer.data_ptr()
+            and tensor.shape[0] == buffer.shape[0]
+            and end <= buffer.shape[2]
+            and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+            for tensor, buffer in zip(past, self._buffers, strict=True)
+        )
+
+    def reset(self) -> None:
+        self._buffers = None
+        super().reset()
+
+
+def _roomy_copy(past: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
+    """A buffer for `length` tokens and some more that begins with `past`; shaped like `new`."""
+    capacity = length + max(MIN_ROOM, length // ROOM_SHARE)
+    buffer = new.new_empty((*new.shape[:2], capacity, new.shape[3]))
+    if past.numel():
+        buffer[:, :, : past.shape[2]] = past
+    return buffer
+
+
+def new_cache(config: PretrainedConfig) -> DynamicCache:
+    """An empty `DynamicCache` for the text config's layers."""
+    cache = DynamicCache(config=config)
+    cache.layers = [LatentLayer() for _ in range(config.num_hidden_layers)]
+    return cache
+
+
+def with_latent_layers(cache: Any, config: PretrainedConfig) -> Any:
+    """An untouched plain `DynamicCache` becomes one that grows in place; any other cache is returned as it is."""
+    fresh = type(cache) is DynamicCache and not cache.offloading
+    fresh = fresh and all(type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers)
+    return new_cache(config) if fresh else cache
+
+
+def append(
+    cache: Cache, latent: torch.Tensor, k_pe: torch.Tensor, layer_idx: int, cache_position: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds T tokens to a layer of any cache class and returns all of it, (B, 1, S, c) and (B, 1, S, dr)."""
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if isinstance(layer, StaticLayer) and not layer.is_initialized:
+        _initialize_static(layer, latent, k_pe)
+    return cache.update(latent, k_pe, layer_idx, {"cache_position": cache_position})
+
+
+def _initialize_static(layer: StaticLayer, latent: torch.Tensor, k_pe: torch.Tensor) -> None:
+    """4.57 makes a static layer's values as wide as its keys; ours differ."""
+    if "value_states" in signature(layer.lazy_initialization).parameters:
+        layer.lazy_initialization(latent, k_pe)
+        return
+    layer.lazy_initialization(latent)
+    layer.values = layer.values.new_zeros((*layer.values.shape[:3], k_pe.shape[-1]))
+    torch._dynamo.mark_static_address(layer.values)

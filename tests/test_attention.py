@@ -1,0 +1,250 @@
+"""Both readings of multi-head latent attention: equal to an fp64 oracle and to each other, in bounded memory."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builders import assert_close, small_config
+from kimi import kimi_attention
+from kimi.kimi_attention import (
+    MLA,
+    RotaryEmbedding,
+    choose_path,
+    heads_at_once,
+    latent_attention,
+    latent_attention_sdpa,
+    queries_at_once,
+    readable_mask,
+)
+from kimi.kimi_cache import new_cache
+
+
+def mla(path="auto", attn="eager", dtype=torch.float32, seed=0):
+    config = small_config().text_config
+    config._attn_implementation, config.mla_path = attn, path
+    torch.manual_seed(seed)
+    module = MLA(config, 0).to(dtype).eval()
+    for weight in module.parameters():
+        weight.data = torch.randn_like(weight) * (0.2 if weight.ndim == 2 else 1)
+    return module
+
+
+def run(module, x, mask=None, cache=None, start=0):
+    """x (B, T, H) at positions start.., with an additive or boolean 4-D mask."""
+    positions = torch.arange(start, start + x.shape[1]).expand(x.shape[:2])
+    angles = RotaryEmbedding(module.config)(positions)
+    with torch.no_grad():
+        return module(x, angles, mask, cache, cache_position=positions[0])[0]
+
+
+def causal(total, new, visible=None):
+    """(B or 1, 1, T, S) booleans; `visible` (B, S) hides padding."""
+    mask = torch.ones(new, total, dtype=torch.bool).tril(total - new)[None, None]
+    return mask if visible is None else mask & visible[:, None, None]
+
+
+def by_hand(module, x):
+    """fp64, a head, a query and a key at a time, causal, straight from the definition."""
+    m = {name: weight.double() for name, weight in module.state_dict().items()}
+    c, dn, dr, dv = module.latent_dim, module.nope_dim, module.rope_dim, module.v_dim
+    freq = kimi_attention.yarn_inv_freq(dr, module.config.rope_parameters).double()
+
+    def norm(v, name):
+        return v * (v.pow(2).mean() + module.config.latent_norm_eps).rsqrt() * m[f"{name}.weight"]
+
+    def turn(v, position):  # adjacent pairs; the layout of the result does not matter to scores
+        pairs = torch.view_as_complex(v.view(-1, 2).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(freq), freq * position)).flatten()
+
+    out = []
+    latents, shared, queries = [], [], []
+    for position, row in enumerate(x[0].double()):
+        kv = m["kv_a_proj_with_mqa.weight"] @ row
+        latents.append(norm(kv[:c], "kv_a_layernorm"))
+        shared.append(turn(kv[c:], position))
+        queries.append(m["q_b_proj.weight"] @ norm(m["q_a_proj.weight"] @ row, "q_a_layernorm"))
+    for position in range(len(latents)):
+        heads = []
+        for head in range(module.num_heads):
+            q = queries[position].view(module.num_heads, -1)[head]
+            up = m["kv_b_proj.weight"].view(module.num_heads, dn + dv, c)[head]
+            scores = [
+                (q[:dn] @ (up[:dn] @ latents[s]) + turn(q[dn:], position) @ shared[s]) * module.scaling
+                for s in range(position + 1)
+            ]
+            weights = torch.stack(scores).softmax(0)
+            heads.append(sum(w * (up[dn:] @ latents[s]) for s, w in enumerate(weights)))
+        out.append(m["o_proj.weight"] @ torch.cat(heads))
+    return torch.stack(out)[None]
+
+
+@pytest.mark.parametrize("path", ["expand", "absorb-eager", "absorb-sdpa"])
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+def test_agrees_with_the_definition(path, attn):
+    module, x = mla(path, attn), torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(1))
+    assert_close(run(module, x, causal(9, 9)), by_hand(module, x), 2e-5, "fp32 against fp64, outputs near 10")
+    assert_close(run(module, x), by_hand(module, x), 2e-5, "no mask means causal") if attn == "sdpa" else None
+
+
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(0, 40), st.booleans(), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_absorb_is_expand(batch, new, cached, padded, seed):
+    """Random shapes, caches and left padding."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, cached + new, 64, generator=generator)
+    hidden = torch.randint(0, cached + 1, (batch, 1), generator=generator) if padded and cached else 0
+    visible = torch.arange(cached + new).expand(batch, -1) >= hidden
+    outputs = []
+    for path in ("expand", "absorb-eager", "absorb-sdpa"):
+        module = mla(path, "sdpa")
+        cache = new_cache(module.config)
+        if cached:
+            run(module, x[:, :cached], causal(cached, cached, visible[:, :cached]), cache)
+        outputs.append(run(module, x[:, cached:], causal(cached + new, new, visible), cache, cached))
+    assert_close(outputs[1], outputs[0], 1e-5, "fp32, sums in another order, outputs near 1")
+    assert_close(outputs[2], outputs[0], 1e-5, "fp32, sums in another order, outputs near 1")
+
+
+@pytest.mark.parametrize("path", ["expand", "absorb"])
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("limit", [1, 3000, 40_000])
+def test_a_small_workspace_changes_nothing(path, attn, limit, monkeypatch):
+    x = torch.randn(2, 24, 64)
+    module = mla(path, attn)
+    want = run(module, x, causal(24, 24))
+    monkeypatch.setattr(kimi_attention, "WORKSPACE_BYTES", limit)
+    assert_close(run(module, x, causal(24, 24)), want, 1e-6, "the same sums in parts")
+
+
+def test_workspace_at_full_size():
+    """Keys and values, or scores, of one call: at most 512 MB at every context up to 262,144."""
+    for length in (4096, 32768, 262144):
+        latent = torch.empty(1, 1, length, 512, dtype=torch.bfloat16, device="meta")
+        heads = heads_at_once(latent, 64, 192)
+        assert heads >= 1 and heads * length * 2 * 192 * 2 <= 512 * 2**20
+        queries = queries_at_once(torch.empty(1, 64, 128, 512, dtype=torch.bfloat16, device="meta"), length)
+        assert queries >= 1 and queries * 64 * length * 10 <= 512 * 2**20
+    assert heads_at_once(torch.empty(1, 1, 4096, 512, dtype=torch.bfloat16, device="meta"), 64, 192) == 64
+
+
+def test_paths_can_be_forced_and_cross_in_one_place():
+    assert choose_path("expand", 1, 9999) == "expand" and choose_path("absorb-sdpa", 5000, 5000) == "absorb"
+    assert (
+        choose_path("auto", 1, 1)
+        == choose_path("auto", 1, 10**6)
+        == choose_path("auto", 16, 4096)
+        == "absorb"
+    )
+    assert choose_path("auto", 4096, 4096) == choose_path("auto", 4096, 10**6) == "expand"
+    with pytest.raises(ValueError, match=r'mla_path .* is "fast"; it is one of auto, expand, absorb'):
+        small_config().mla_path = "fast"
+
+
+def test_the_environment_and_keywords_choose_a_path(monkeypatch):
+    monkeypatch.setenv("KIMI_MLA_PATH", "expand")
+    config = small_config()
+    assert config.mla_path == config.text_config.mla_path == "expand"
+    again = type(config)(**config.to_dict(), mla_path="absorb")
+    assert again.mla_path == "absorb"
+    parts = {**config.to_dict(), "text_config": again.text_config, "vision_config": again.vision_config}
+    assert type(config)(**parts).mla_path == "absorb"
+    assert not any("mla_path" in key for key in (*again.to_dict(), *again.text_config.to_dict()))
+    monkeypatch.setenv("KIMI_MLA_PATH", "faster")
+    with pytest.raises(ValueError, match="KIMI_MLA_PATH"):
+        small_config()
+
+
+def test_masks_of_every_kind_are_read():
+    assert readable_mask(None, 1, 9, torch.device("cpu")) is None
+    tokens = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    got = readable_mask(tokens, 3, 5, torch.device("cpu"), flash=True)
+    assert got.equal(causal(5, 3, tokens.bool()))
+    assert readable_mask(None, 3, 5, torch.device("cpu"), flash=True).equal(causal(5, 3))
+    first = readable_mask(None, 3, 5, torch.device("cpu"))  # a prompt of 3 in a static cache for 5
+    assert first.equal(torch.ones(3, 5, dtype=torch.bool).tril()[None, None])
+    assert readable_mask(tokens, 1, 5, torch.device("cpu")).equal(tokens.bool()[:, None, None])
+    longer = torch.zeros(1, 1, 2, 8)
+    assert readable_mask(longer, 2, 5, torch.device("cpu")).shape == (1, 1, 2, 5)
+
+
+def test_a_row_that_sees_nothing_is_finite():
+    x, mask = torch.randn(1, 4, 64), causal(4, 4, torch.tensor([[False, False, True, True]]))
+    for path in ("expand", "absorb"):
+        additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        assert torch.isfinite(run(mla(path), x, additive)).all()
+
+
+def test_bf16_paths_differ_by_rounding_only():
+    x = torch.randn(1, 64, 64)
+    want = by_hand(mla(dtype=torch.bfloat16), x.bfloat16())
+    scale = want.abs().max()
+    for path in ("expand", "absorb-eager", "absorb-sdpa"):
+        got = run(mla(path, "sdpa", torch.bfloat16), x.bfloat16(), causal(64, 64))
+        assert_close(got / scale, want / scale, 0.03, f"bf16 {path}, a few roundings of 2^-8")
+
+
+def test_up_projections_are_a_view_and_follow_the_weight():
+    module = mla()
+    latent = torch.zeros(1, 1, 1, module.latent_dim)
+    up = module.up_projections(latent)
+    assert up.untyped_storage().data_ptr() == module.kv_b_proj.weight.untyped_storage().data_ptr()
+    module.kv_b_proj.weight.data.mul_(2)
+    assert up.equal(module.up_projections(latent))
+
+
+class Adapted(torch.nn.Module):
+    """What LoRA does to a linear layer: the base weight stays, the output changes."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.weight = base, base.weight
+        self.a, self.b = torch.randn(4, base.in_features), torch.randn(base.out_features, 4) * 0.1
+
+    def forward(self, x):
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+def test_absorbing_follows_an_adapter():
+    x = torch.randn(1, 6, 64)
+    outputs = []
+    for path in ("expand", "absorb"):
+        module = mla(path)
+        plain = run(module, x, causal(6, 6))
+        torch.manual_seed(7)
+        module.kv_b_proj = Adapted(module.kv_b_proj)
+        outputs.append(run(module, x, causal(6, 6)))
+        assert (outputs[-1] - plain).abs().max() > 0.1
+    assert_close(outputs[1], outputs[0], 2e-5, "fp32, sums in another order")
+
+
+@pytest.mark.parametrize("path", ["expand", "absorb"])
+def test_gradients_reach_the_weights_on_both_paths(path):
+    module, x = mla(path, "sdpa"), torch.randn(2, 5, 64, requires_grad=True)
+    angles = RotaryEmbedding(module.config)(torch.arange(5).expand(2, 5))
+    module(x, angles, causal(5, 5))[0].pow(2).sum().backward()
+    grads = {name: weight.grad for name, weight in module.named_parameters()}
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads.values())
+    other = mla("expand", "eager")
+    other(x, angles, torch.zeros(1, 1, 5, 5).masked_fill(~causal(5, 5), -math.inf))[0].pow(2).sum().backward()
+    for name, weight in other.named_parameters():
+        assert_close(grads[name] / weight.grad.abs().max(), weight.grad / weight.grad.abs().max(), 1e-5, name)
+
+
+def test_latent_attentions_share_a_signature_and_a_result():
+    generator = torch.Generator().manual_seed(3)
+    q_latent, q_pe = (
+        torch.randn(2, 4, 3, 32, generator=generator),
+        torch.randn(2, 4, 3, 8, generator=generator),
+    )
+    latent, k_pe = (
+        torch.randn(2, 1, 17, 32, generator=generator),
+        torch.randn(2, 1, 17, 8, generator=generator),
+    )
+    for mask in (None, causal(17, 3), torch.zeros(1, 1, 3, 17).masked_fill(~causal(17, 3), -1e9)):
+        want, weights = latent_attention(q_latent, q_pe, latent, k_pe, mask, 0.2)
+        got, _ = latent_attention_sdpa(q_latent, q_pe, latent, k_pe, mask, 0.2)
+        assert_close(got, want, 1e-5, "fp32")
+        assert weights.shape == (2, 4, 3, 17)

@@ -1,0 +1,134 @@
+"""The latent in transformers' cache classes: static = dynamic, growing in place, crop, reorder, repeat, select."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from builders import assert_close, golden_model
+from kimi.kimi_cache import LatentLayer, new_cache, with_latent_layers
+
+IDS = torch.randint(3, 48, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def model(request):
+    return golden_model(request.param)
+
+
+@torch.no_grad()
+def feed(model, cache, ids, cuts):
+    """Logits of all of ids, fed in pieces."""
+    pieces = ids.tensor_split(cuts, dim=1)
+    return torch.cat(
+        [model(piece, past_key_values=cache).logits for piece in pieces if piece.shape[1]], dim=1
+    )
+
+
+def crop_by(cache, removed):
+    """Takes away tokens at the end; 4.57 also accepts a new length, 5.x only this."""
+    cache.crop(-removed)
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [7, 8, 9, 30], list(range(1, 40))])
+def test_any_cut_and_any_cache_gives_the_same_logits(model, cuts):
+    with torch.no_grad():
+        want = model(IDS, use_cache=False).logits
+    text = model.config.text_config
+    static = StaticCache(config=text, max_cache_len=48)
+    for cache in (new_cache(text), DynamicCache(config=text), DynamicCache(), static):
+        assert_close(feed(model, cache, IDS, cuts), want, 1e-5, f"{type(cache).__name__}, fp32")
+
+
+def test_a_static_cache_holds_576_values_too(model):
+    text = model.config.text_config
+    cache = StaticCache(config=text, max_cache_len=48)
+    feed(model, cache, IDS, [5])
+    assert cache.layers[0].keys.shape == (2, 1, 48, text.kv_lora_rank)
+    assert cache.layers[0].values.shape == (2, 1, 48, text.qk_rope_head_dim)
+
+
+def test_a_step_writes_one_token_in_place(model):
+    cache = new_cache(model.config.text_config)
+    feed(model, cache, IDS[:, :8], [])
+    where = [layer.keys.data_ptr() for layer in cache.layers]
+    feed(model, cache, IDS[:, 8:], list(range(1, 32)))
+    assert [layer.keys.data_ptr() for layer in cache.layers] == where
+    assert all(type(layer) is LatentLayer for layer in cache.layers) and isinstance(cache, DynamicCache)
+
+
+def test_growth_copies_a_token_few_times_and_wastes_an_eighth():
+    layer, copied, before = LatentLayer(), 0, None
+    for length in range(1, 20_001):
+        layer.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 2))
+        if layer.keys.data_ptr() != before:
+            copied, before = copied + length, layer.keys.data_ptr()
+    assert copied <= 10 * 20_000
+    assert layer.keys.untyped_storage().nbytes() <= 20_000 * 4 * 4 * 9 / 8 + 256 * 4 * 4
+    assert layer.get_seq_length() == 20_000
+
+
+def test_crop_then_another_ending(model):
+    cache = new_cache(model.config.text_config)
+    feed(model, cache, IDS, [20])
+    crop_by(cache, 15)
+    assert cache.get_seq_length() == 25
+    other = torch.cat((IDS[:, :25], IDS[:, 10:20]), dim=1)
+    with torch.no_grad():
+        want = model(other, use_cache=False).logits[:, 25:]
+    assert_close(feed(model, cache, other[:, 25:], [4]), want, 1e-5, "fp32")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.reorder_cache(torch.tensor([1, 1])),
+        lambda cache: cache.batch_select_indices(torch.tensor([1, 1])),
+        lambda cache: (cache.batch_select_indices(torch.tensor([1])), cache.batch_repeat_interleave(2)),
+    ],
+)
+def test_rows_move_and_go_on(model, change):
+    cache = new_cache(model.config.text_config)
+    feed(model, cache, IDS[:, :20], [])
+    change(cache)
+    rows = IDS[[1, 1]]
+    with torch.no_grad():
+        want = model(rows, use_cache=False).logits[:, 20:]
+    assert_close(feed(model, cache, rows[:, 20:], [1, 2]), want, 1e-5, "fp32")
+
+
+def test_a_copy_goes_its_own_way(model):
+    cache = new_cache(model.config.text_config)
+    feed(model, cache, IDS[:, :20], [])
+    branch = copy.deepcopy(cache)
+    first = feed(model, cache, IDS[:, 20:], [])
+    feed(model, branch, IDS[:, :20], [3])
+    with torch.no_grad():
+        assert_close(first, model(IDS).logits[:, 20:], 1e-5, "fp32")
+        again = model(IDS[:, :1], past_key_values=cache).logits
+        assert_close(again, model(torch.cat((IDS, IDS[:, :1]), 1)).logits[:, -1:], 1e-5, "fp32")
+
+
+def test_with_gradients_and_between_inference_modes(model):
+    cache = new_cache(model.config.text_config)
+    with torch.inference_mode():
+        model(IDS[:, :10], past_key_values=cache)
+    with torch.no_grad():
+        model(IDS[:, 10:20], past_key_values=cache)
+    out = model(IDS[:, 20:], past_key_values=cache, labels=IDS[:, 20:])
+    out.loss.backward()
+    with torch.no_grad():
+        assert_close(out.logits.detach(), model(IDS).logits[:, 20:], 1e-5, "fp32")
+
+
+def test_only_an_untouched_default_cache_is_replaced(model):
+    text = model.config.text_config
+    assert type(with_latent_layers(DynamicCache(config=text), text).layers[0]) is LatentLayer
+    used = DynamicCache(config=text)
+    feed(model, used, IDS[:, :4], [])
+    static = StaticCache(config=text, max_cache_len=8)
+    for kept in (used, static, DynamicCache(config=text, offloading=True)):
+        assert with_latent_layers(kept, text) is kept
+    assert type(used.layers[0]) is DynamicLayer
