@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from kimi.tiny_checkpoint import write_tiny_checkpoint
 
@@ -75,7 +75,7 @@ def main() -> None:
         **inputs,
         max_new_tokens=args.max_new_tokens,
         return_dict_in_generate=True,
-        streamer=TextStreamer(tokenizer, skip_prompt=True),
+        streamer=tokenizer.text_streamer(skip_prompt=True),
     )
     seconds = time.perf_counter() - start
     num_new = output.sequences.shape[1] - length

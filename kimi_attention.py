@@ -267,7 +267,9 @@ class MLA(nn.Module):
         for start in range(0, q_latent.shape[2], step):
             rows = slice(start, start + step)
             mask_rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-            parts.append(attend(q_latent[:, :, rows], q_pe[:, :, rows], latent, k_pe, mask_rows, self.scaling))
+            parts.append(
+                attend(q_latent[:, :, rows], q_pe[:, :, rows], latent, k_pe, mask_rows, self.scaling)
+            )
         output = torch.cat([part for part, _ in parts], dim=2)  # (B, h, T, c)
         weights = torch.cat([scores for _, scores in parts], dim=2) if self.wants_weights() else None
         return torch.einsum("bhtc,hvc->bthv", output, up_v), weights

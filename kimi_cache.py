@@ -17,7 +17,9 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 MIN_ROOM = 256  # tokens
-ROOM_SHARE = 8  # one eighth of the length: a token is copied eight times in a growing cache's life, on average
+ROOM_SHARE = (
+    8  # one eighth of the length: a token is copied eight times in a growing cache's life, on average
+)
 
 
 class LatentLayer(DynamicLayer):

@@ -12,7 +12,7 @@ renames foreign ones.
 Text in, text out: this file knows no tokenizer and no tensor.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import transformers
@@ -28,7 +28,18 @@ def expect(value: Any, kinds: type | tuple[type, ...], field: str) -> None:
         raise ValueError(f"{field} must be a {names}, not {value!r}")
 
 
-def normalize_messages(messages: Iterable[Any]) -> list[dict[str, Any]]:
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of nested dicts and lists with every string changed, keys of dicts too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {map_strings(key, change): map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [map_strings(item, change) for item in value]
+    return value
+
+
+def normalize_messages(messages: Iterable[Any], unique_ids: bool = True) -> list[dict[str, Any]]:
     """New messages that the template renders as they are; the given ones stay untouched.
 
     role: required. name: replaces the role in the header. content: a text, a list of parts, or nothing. A part is a
@@ -36,12 +47,14 @@ def normalize_messages(messages: Iterable[Any]) -> list[dict[str, Any]]:
     assistant: `reasoning`, else `reasoning_content`, else `thinking`. A tool call without an id gets functions.NAME:N,
     where N counts the calls of the whole conversation, as the model itself numbers them; one without arguments gets
     {}. A tool result without tool_call_id answers the preceding assistant message if just one of its calls is open.
-    Everything else is a ValueError with the index of the message and the field.
+    Everything else is a ValueError with the index of the message and the field; so are two calls of one id, unless
+    `unique_ids` is False, and a result whose id no call before it has.
     """
     if isinstance(messages, (str, Mapping)) or not messages:
         raise ValueError(f"a conversation is a list of at least one message, not {messages!r}")
     normalized = []
     num_calls, open_ids = 0, []
+    used: dict[str, str] = {}  # id -> where
     for index, given in enumerate(messages):
         where = f"messages[{index}]"
         expect(given, Mapping, where)
@@ -65,9 +78,16 @@ def normalize_messages(messages: Iterable[Any]) -> list[dict[str, Any]]:
             if calls:
                 message["tool_calls"] = calls
             num_calls += len(calls)
+            for position, call in enumerate(calls):
+                here = f"{where}.tool_calls[{position}]"
+                if unique_ids and call["id"] in used:
+                    raise ValueError(f"{here}.id {call['id']!r} is the id of {used[call['id']]} already")
+                used[call["id"]] = here
             open_ids = [call["id"] for call in calls]
         elif message["role"] == "tool":
             answered = answered_call(message.get("tool_call_id"), open_ids, where)
+            if answered not in used:
+                raise ValueError(f"{where}.tool_call_id {answered!r} is the id of no tool call before it")
             open_ids = [call_id for call_id in open_ids if call_id != answered]
             message["tool_call_id"] = answered
         normalized.append(message)
@@ -128,7 +148,7 @@ def answered_call(call_id: Any, open_ids: list[str], where: str) -> str:
 def normalize_tool_ids(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Normalised messages in which every call, and each result that answers it, has the id the model would have given:
     functions.NAME:N. For histories that come from elsewhere; the model copies the shape of the ids it sees."""
-    normalized = normalize_messages(messages)
+    normalized = normalize_messages(messages, unique_ids=False)
     new_ids: dict[str, str] = {}
     num_calls = 0
     for message in normalized:

@@ -299,7 +299,9 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             inputs_embeds = self._insert_media(input_ids, inputs_embeds, pixel_values, grid_thws)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         _check_length(past_length, inputs_embeds.shape[1], text.max_position_embeddings)
-        cache_position = kwargs.pop("cache_position", None)  # 4.57's generate() gives it, 5.x has no such thing
+        cache_position = kwargs.pop(
+            "cache_position", None
+        )  # 4.57's generate() gives it, 5.x has no such thing
         if cache_position is None:
             cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
         if position_ids is None:

@@ -3,7 +3,7 @@
     config.json, generation_config.json          the published ones with small sizes and matching token ids
     model-0000N-of-00000M.safetensors, index     int4 experts, dense rest, vision tower, projector
     tiktoken.model, tokenizer_config.json,       a vocabulary of its own, 256 reserved ids after it
-    chat_template.jinja
+    chat_template.jinja, preprocessor_config.json
     *_kimi.py, kimi_*.py                         the code, as it lies beside the published weights
 
 Each tensor is seeded by its name and made when its shard is written, so a checkpoint of any size needs the memory of
@@ -74,12 +74,13 @@ def write_tiny_checkpoint(
 
 def write_tokenizer(folder: Path, num_merges: int = 600) -> int:
     """A vocabulary with its `tokenizer_config.json`, the template and all code; returns the first reserved id."""
+    folder.mkdir(parents=True, exist_ok=True)
     base = write_tiny_tiktoken(folder / "tiktoken.model", num_merges=num_merges)
     config = json.loads((ROOT / "tokenizer_config.json").read_text())
     tokens = config["added_tokens_decoder"].items()
     config["added_tokens_decoder"] = {str(int(i) + base - PUBLISHED_BASE): token for i, token in tokens}
     write_json(folder / "tokenizer_config.json", config)
-    for pattern in ("*_kimi.py", "kimi_*.py", "chat_template.jinja"):
+    for pattern in ("*_kimi.py", "kimi_*.py", "chat_template.jinja", "preprocessor_config.json"):
         for path in sorted(ROOT.glob(pattern)):
             shutil.copy(path, folder)
     return base

@@ -24,7 +24,6 @@ Batches are padded on the left, as `generate` wants: the prompt has to end where
 
 import base64
 import codecs
-import json
 import os
 import re
 import shutil
@@ -34,9 +33,26 @@ from typing import Any
 
 import tiktoken
 from transformers import AddedToken, PreTrainedTokenizer
-from transformers.utils import get_json_schema, to_py_obj
+from transformers.utils import to_py_obj
 
-from .kimi_messages import field_to_continue, normalize_messages, refuse_to_stop_thinking
+from .kimi_messages import (
+    field_to_continue,
+    map_strings,
+    normalize_messages,
+    normalize_tool_ids,
+    refuse_to_stop_thinking,
+)
+from .kimi_output import KimiCompletionStream, parse_completion
+from .kimi_schema import CallCheck, validate_tool_call
+from .kimi_streamer import KimiTextStreamer
+
+# The first two are looked up here by renderers outside transformers.
+from .kimi_tools import (  # noqa: F401
+    deep_sort_dict,
+    encode_tools_to_typescript_style,
+    normalize_tools,
+    render_tool_declaration,
+)
 
 VOCAB_FILE = "tiktoken.model"
 NUM_RESERVED = 256
@@ -86,6 +102,7 @@ UNKNOWN_ID = "{!r} is not a token id: the vocabulary has {} tokens, counted from
 # Wrap what a user wrote that looks like a marker. Unicode keeps these two for internal use; one that stands in the
 # user's text is wrapped itself, so nothing a user types can be taken for a wrapper.
 USER_START, USER_END = "\ufdd0", "\ufdd1"
+WORD_JOINER = "\u2060"
 
 
 class MissingVocabularyError(FileNotFoundError):
@@ -414,13 +431,22 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     def mark_user_text(self, value: Any) -> Any:
         """A copy of messages or options in which each marker name inside a string is wrapped, in dict keys too, which
         a template may write out as JSON."""
-        if isinstance(value, str):
-            return re.sub(self._wrapped_names(), rf"{USER_START}\g<0>{USER_END}", value)
-        if isinstance(value, Mapping):
-            return {self.mark_user_text(key): self.mark_user_text(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self.mark_user_text(item) for item in value]
-        return value
+        wrap = re.compile(self._wrapped_names()).sub
+        return map_strings(value, lambda text: wrap(rf"{USER_START}\g<0>{USER_END}", text))
+
+    def sanitize_messages(self, messages: Iterable[Any]) -> list[dict[str, Any]]:
+        """Normalised messages in which no marker can be found any more, for engines that render to a string and encode
+        that. See `sanitize_text` for what changes. Not needed for `apply_chat_template(tokenize=True)`, which changes
+        nothing of the text.
+        """
+        return self.sanitize_text(normalize_messages(messages))
+
+    def sanitize_text(self, value: Any) -> Any:
+        """A copy of a string, or of tools and other nested data, in which U+2060, the invisible word joiner, stands
+        behind the first character of each marker name. A reader sees the same text, the model one odd character.
+        """
+        split = self._marker_pattern.sub
+        return map_strings(value, lambda text: split(lambda m: f"{m[0][0]}{WORD_JOINER}{m[0][1:]}", text))
 
     def _ids_of_input(self, text: Any, options: Mapping[str, Any]) -> Any:
         """A text, or a list of words, as ids; anything else as it is. transformers takes lists of ids as encoded
@@ -514,6 +540,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return_assistant_tokens_mask: bool = False,
         tokenizer_kwargs: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
+        trusted_text: bool = False,
+        mark_text: bool = False,
         **kwargs: Any,
     ) -> Any:
         """The prompt of a conversation, or of a batch of them, from messages as `normalize_messages` takes them.
@@ -525,8 +553,14 @@ class TikTokenTokenizer(PreTrainedTokenizer):
 
         continue_final_message: leaves the last message open, after its content, or on 5.x inside its reasoning
             (`"reasoning_content"`).
-        sanitize_control_tokens: encodes markers written in messages, tools or options as plain text, so that a user
-            cannot open a turn, a call or a think block. Needs ids. Ids of other texts are the same with and without.
+        trusted_text: Ids are made so that what stands in messages, tools or options is never a control token: a marker
+            written there is encoded as the plain text it is, so that a user or a web page cannot open a turn, a call or
+            a think block. Ids of all other texts are the same either way, and so is the decoded text. True takes
+            markers in messages for real ones, for prompts that are built by hand. As text (`tokenize=False`) the two
+            cannot be told apart: see `sanitize_messages`.
+        sanitize_control_tokens: transformers 5's name for the safe way, which is the default here.
+        mark_text: For callers that tokenise by themselves (the processor): text in which untrusted markers are wrapped,
+            to be encoded with `tokenizer(text, marked=True)`.
         kwargs: variables of the template. What asks to think less is refused with a ValueError: `thinking=False`,
             `preserve_thinking=False`, `enable_thinking=False`, `reasoning_effort="none"`. None is "not given".
         """
@@ -543,11 +577,14 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         tools = normalize_tools(tools)
         if tools:
             kwargs.setdefault("tools_ts_str", render_tool_declaration(tools))
-        if sanitize_control_tokens:
-            if not tokenize:
-                raise ValueError(
-                    "sanitize_control_tokens=True needs tokenize=True: text cannot show what is a token"
-                )
+        if sanitize_control_tokens and (trusted_text or not tokenize):
+            why = (
+                "contradicts trusted_text=True"
+                if trusted_text
+                else "needs tokenize=True: text cannot show it"
+            )
+            raise ValueError(f"sanitize_control_tokens=True {why}.")
+        if mark_text or (tokenize and not trusted_text):
             chats, tools, documents, kwargs = map(self.mark_user_text, (chats, tools, documents, kwargs))
             tokenizer_kwargs = {**(tokenizer_kwargs or {}), "marked": True}
         return super().apply_chat_template(
@@ -568,29 +605,30 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             **kwargs,
         )
 
+    # Completions
 
-def normalize_tools(tools: Iterable[Any] | None) -> list[Any] | None:
-    """Tools as dicts with sorted keys; functions become schemas. None if there are none."""
-    schemas = []
-    for index, tool in enumerate(tools or ()):
-        if not isinstance(tool, Mapping) and not callable(tool):
-            raise ValueError(f"tools[{index}] must be a dict or a function, not {type(tool).__name__}")
-        schemas.append(tool if isinstance(tool, Mapping) else get_json_schema(tool))
-    return deep_sort_dict(schemas) or None
+    def parse_completion(self, text_or_ids: Any) -> dict[str, Any]:
+        """What was generated behind a prompt, as a message: see `kimi_output.parse_completion`. Prefer ids to text, and
+        text that was decoded with `skip_special_tokens=False`."""
+        return parse_completion(text_or_ids, self)
 
+    def completion_stream(self) -> KimiCompletionStream:
+        """Reads a completion piece by piece, text or ids, and gives deltas in the shape of OpenAI's."""
+        return KimiCompletionStream(self)
 
-def deep_sort_dict(value: Any) -> Any:
-    """A copy in which the keys of every dict are in code point order; lists keep theirs."""
-    if isinstance(value, Mapping):
-        return {key: deep_sort_dict(value[key]) for key in sorted(value)}
-    if isinstance(value, (list, tuple)):
-        return [deep_sort_dict(item) for item in value]
-    return value
+    def text_streamer(self, **options: Any) -> KimiTextStreamer:
+        """For `generate(streamer=...)`: shows reasoning, content and tool calls as they come."""
+        return KimiTextStreamer(self, **options)
 
+    @staticmethod
+    def validate_tool_call(call: Mapping[str, Any], tools: Iterable[Any] | None) -> CallCheck:
+        """Checks a parsed call against tools in any form that `apply_chat_template` takes: `errors`, `unchecked`."""
+        return validate_tool_call(call, normalize_tools(tools))
 
-def render_tool_declaration(tools: list[Any]) -> str:
-    """What the model reads about its tools: compact JSON. The one place that decides on the form."""
-    return json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
+    @staticmethod
+    def normalize_tool_ids(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages in which calls and results have the ids that the model would have given: functions.NAME:N."""
+        return normalize_tool_ids(messages)
 
 
 # save_pretrained copies this file and names it in auto_map, however the class was reached.

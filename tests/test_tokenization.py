@@ -22,6 +22,7 @@ from transformers import AddedToken
 
 from conftest import ROOT
 from kimi import tokenization_kimi
+from kimi.tiny_checkpoint import PUBLISHED_BASE, write_tokenizer
 from kimi.tiny_vocabulary import SAMPLE
 from kimi.tokenization_kimi import (
     NAMED_TOKENS,
@@ -32,7 +33,6 @@ from kimi.tokenization_kimi import (
     read_ranks,
     split_long_text,
 )
-from tiny_vocab import PUBLISHED_BASE, write_tokenizer_folder
 
 NAMES = list(NAMED_TOKENS.values())
 KEPT = {"<think>", "</think>", *(name for name in NAMES if "tool_call" in name)}
@@ -57,7 +57,7 @@ TEXTS = st.lists(st.one_of(st.sampled_from(CHUNKS), st.text(max_size=6)), max_si
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer_folder(folder)
+    write_tokenizer(folder)
     return folder
 
 
