@@ -133,14 +133,16 @@ class KimiK25TextConfig(_ExplicitConfig):
         rope_theta, rope_scaling: rotary base and YaRN block, 4.57 style. `rope_parameters`: the same, 5.x style.
         max_position_embeddings: longest context in tokens.
         expert_quantization / quantization_config: the compressed-tensors block; None means dense experts.
-        mla_path: how attention runs, "auto", "expand", or "absorb" ("absorb-eager", "absorb-sdpa", "absorb-triton").
+        mla_path: how attention runs, "auto", "expand", or "absorb" ("absorb-eager", "absorb-sdpa", "absorb-cpu", "absorb-triton").
         int4_backend: what multiplies packed experts, "auto", "reference", "cpu" or "triton".
     """
 
     model_type = "kimi_k2"
     base_config_key = "text_config"
     keys_to_ignore_at_inference = ("past_key_values",)
-    mla_path = Choice("KIMI_MLA_PATH", "expand", "absorb", "absorb-eager", "absorb-sdpa", "absorb-triton")
+    mla_path = Choice(
+        "KIMI_MLA_PATH", "expand", "absorb", "absorb-eager", "absorb-sdpa", "absorb-cpu", "absorb-triton"
+    )
     int4_backend = Choice("KIMI_INT4_BACKEND", "reference", "cpu", "triton")
     choices = ("mla_path", "int4_backend")
 

@@ -37,10 +37,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_kimi import KimiK25TextConfig
 from .kimi_cache import append
+from .kimi_cpu import absorb as kimi_cpu_absorb
+from .kimi_cpu import why_unavailable
+from .kimi_linear import Linear
 
 # New tokens up to which attention runs on the latent. On paper c(dn + dv) / (2c - dn - dv) = 171 against a long cache,
 # 0 without one; see `choose_path`, and LOG.md for where the two really cross.
 ABSORB_UP_TO = 128
+FEW_QUERIES = 8  # new tokens up to which the compiled code of a CPU does absorbed attention
 WORKSPACE_BYTES = 512 * 2**20  # for expanded keys and values, or for scores, of one layer's call
 
 
@@ -189,13 +193,13 @@ class MLA(nn.Module):
         self.scaling = softmax_scale(config)
         width, rank, heads = config.hidden_size, config.q_lora_rank, self.num_heads
 
-        self.q_a_proj = nn.Linear(width, rank, bias=False)
+        self.q_a_proj = Linear(width, rank)
         self.q_a_layernorm = RMSNorm(rank, config.latent_norm_eps)
-        self.q_b_proj = nn.Linear(rank, heads * (self.nope_dim + self.rope_dim), bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(width, self.latent_dim + self.rope_dim, bias=False)
+        self.q_b_proj = Linear(rank, heads * (self.nope_dim + self.rope_dim))
+        self.kv_a_proj_with_mqa = Linear(width, self.latent_dim + self.rope_dim)
         self.kv_a_layernorm = RMSNorm(self.latent_dim, config.latent_norm_eps)
-        self.kv_b_proj = nn.Linear(self.latent_dim, heads * (self.nope_dim + self.v_dim), bias=False)
-        self.o_proj = nn.Linear(heads * self.v_dim, width, bias=False)
+        self.kv_b_proj = Linear(self.latent_dim, heads * (self.nope_dim + self.v_dim))
+        self.o_proj = Linear(heads * self.v_dim, width)
 
     def forward(
         self,
@@ -240,7 +244,7 @@ class MLA(nn.Module):
         the images of the c unit vectors.
         """
         module = self.kv_b_proj
-        if type(module) is nn.Linear and not hasattr(module, "_hf_hook"):
+        if type(module) is Linear and not hasattr(module, "_hf_hook"):
             weight = module.weight
         else:
             units = torch.eye(self.latent_dim, dtype=latent.dtype, device=latent.device)
@@ -257,10 +261,13 @@ class MLA(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention on the cache as it is: latent (B, 1, S, c), k_pe (B, 1, S, dr). Returns (B, T, h, dv)."""
-        up_k, up_v = self.up_projections(latent).split((self.nope_dim, self.v_dim), dim=1)
-        q_latent = torch.einsum("bhtd,hdc->bhtc", q_nope, up_k)
+        up = self.up_projections(latent)
         flash = "flash" in self.config._attn_implementation
         mask = readable_mask(attention_mask, q_nope.shape[2], latent.shape[2], latent.device, flash)
+        if self.suits_compiled_code(q_nope, up, latent, mask):
+            return kimi_cpu_absorb(q_nope, q_pe, up, latent, k_pe, mask, self.scaling), None
+        up_k, up_v = up.split((self.nope_dim, self.v_dim), dim=1)
+        q_latent = torch.einsum("bhtd,hdc->bhtc", q_nope, up_k)
         attend = pick_latent_attention(self.config.mla_path, latent.device, self.wants_weights())
         parts = []
         step = queries_at_once(q_latent, latent.shape[2])
@@ -322,6 +329,21 @@ class MLA(nn.Module):
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )
         return output[..., : self.v_dim], weights
+
+    def suits_compiled_code(
+        self, q_nope: torch.Tensor, up: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor | None
+    ) -> bool:
+        """Whether one call into the CPU's compiled code can do it all: a few bf16 rows, nothing recorded."""
+        if self.config.mla_path not in ("auto", "absorb", "absorb-cpu") or latent.device.type != "cpu":
+            return False
+        plain = latent.dtype == up.dtype == q_nope.dtype == torch.bfloat16 and up.is_contiguous()
+        plain = plain and latent.stride(-1) == 1 and latent.shape[-1] <= 4096
+        plain = plain and (mask is None or mask.dtype == torch.bool) and not self.wants_weights()
+        recorded = torch.is_grad_enabled() and (q_nope.requires_grad or up.requires_grad)
+        few = q_nope.shape[2] <= FEW_QUERIES
+        return (
+            plain and few and not recorded and not torch.compiler.is_compiling() and why_unavailable() is None
+        )
 
     def wants_weights(self) -> bool:
         return self.config._attn_implementation == "eager"

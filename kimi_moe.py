@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_kimi import KimiK25TextConfig
+from .kimi_cpu import experts_int4, unpack_int4_bf16, why_unavailable
 from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, dequantize_int4, int4_linear
+from .kimi_linear import Linear
 
 
 class MLP(nn.Module):
@@ -33,9 +35,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, inner_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, inner_size, bias=False)
-        self.down_proj = nn.Linear(inner_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, inner_size)
+        self.up_proj = Linear(hidden_size, inner_size)
+        self.down_proj = Linear(inner_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -125,6 +127,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: KimiK25TextConfig):
         super().__init__()
+        self.config = config
         self.num_experts = config.n_routed_experts
         self.packed = config.expert_quantization is not None
         width, inner = config.hidden_size, config.moe_intermediate_size
@@ -157,8 +160,8 @@ class Experts(nn.Module):
 
     def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """x (R, H), ids (R, K), weights (R, K) fp32 to the weighted sum of the chosen experts, (R, H) fp32."""
-        run = run_experts_gathered if torch.compiler.is_compiling() else run_experts
-        return run(x, topk_ids, topk_weights, *(self.matrices(projection) for projection in self.shapes))
+        matrices = [self.matrices(projection) for projection in self.shapes]
+        return choose_backend(self.config.int4_backend, x, matrices[0])(x, topk_ids, topk_weights, *matrices)
 
     def num_weights(self) -> int:
         """Logical weights: one for each int4 code, none for scales and shapes."""
@@ -214,6 +217,33 @@ class Experts(nn.Module):
         )
 
 
+def choose_backend(requested: str, x: torch.Tensor, gate: ExpertMatrices) -> Callable:
+    """The function that runs a layer's experts, from what config.int4_backend asks for, the device, the dtype and what
+    is being done. Raises ValueError if a backend was asked for by name and cannot be used, with the reason."""
+    if torch.compiler.is_compiling():
+        return run_experts_gathered
+    if requested == "reference" or gate.scale is None:
+        return run_experts
+    device, why_not = x.device.type, None
+    if requested == "cpu" or (requested == "auto" and device == "cpu"):
+        why_not = why_not_cpu(x, gate)
+        if why_not is None:
+            return run_experts_cpu
+    if requested != "auto":
+        raise ValueError(f"int4_backend '{requested}' is unavailable: {why_not}.")
+    return run_experts
+
+
+def why_not_cpu(x: torch.Tensor, gate: ExpertMatrices) -> str | None:
+    if x.device.type != "cpu":
+        return f"the weights are on {x.device}"
+    if x.dtype != torch.bfloat16 or gate.scale.dtype != torch.bfloat16:
+        return f"it takes bfloat16, not {x.dtype} with {gate.scale.dtype} scales"
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "it computes no gradients"
+    return why_unavailable()
+
+
 def run_experts(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
@@ -239,6 +269,51 @@ def run_experts(
             x_e = x[rows[chosen]]
             y_e = down.linear(F.silu(gate.linear(x_e, expert)) * up.linear(x_e, expert), expert)
             output.index_add_(0, rows[chosen], y_e.float() * weights[chosen])
+        start += count
+    return output
+
+
+# Rows of one expert up to which reading its words for each of them is faster than unpacking them once; see LOG.md.
+FEW_ROWS = 16
+
+
+@torch.no_grad()
+def run_experts_cpu(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate: ExpertMatrices,
+    up: ExpertMatrices,
+    down: ExpertMatrices,
+) -> torch.Tensor:
+    """The same for bf16 on a CPU, with compiled code. Experts with few rows multiply the words as they are; one with many
+    rows is unpacked into a buffer that all of them share, for the dense product."""
+    packed = [(matrix.weight, matrix.scale) for matrix in (gate, up, down)]
+    x, choices = x.contiguous(), topk_ids.shape[-1]
+    if len(x) <= FEW_ROWS:
+        return experts_int4(x, topk_ids.contiguous(), topk_weights.contiguous(), packed)
+    order = topk_ids.flatten().argsort(stable=True)  # pairs, by expert
+    experts, rows = topk_ids.flatten()[order], order // choices
+    weights = topk_weights.flatten()[order].unsqueeze(-1)
+    counts = experts.bincount(minlength=len(gate.weight))
+    output = torch.zeros(x.shape, dtype=torch.float32)
+    few = (counts <= FEW_ROWS)[experts]
+    if few.any():
+        parts = experts_int4(x[rows[few]], experts[few].unsqueeze(-1), weights[few], packed)
+        output.index_add_(0, rows[few], parts)
+    inner, width = gate.weight.shape[1], x.shape[1]
+    buffers = [x.new_empty(shape) for shape in ((inner, width), (inner, width), (width, inner))]
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count > FEW_ROWS:
+            chosen = slice(start, start + count)
+            w_gate, w_up, w_down = (
+                unpack_int4_bf16(words[expert], scale[expert], buffer)
+                for (words, scale), buffer in zip(packed, buffers, strict=True)
+            )
+            x_e = x[rows[chosen]]
+            y_e = F.linear(F.silu(F.linear(x_e, w_gate)).mul_(F.linear(x_e, w_up)), w_down)
+            output.index_add_(0, rows[chosen], y_e.float().mul_(weights[chosen]))
         start += count
     return output
 

@@ -31,10 +31,12 @@ from .configuration_kimi import KimiK25Config, KimiK25TextConfig
 from .kimi_attention import MLA, RMSNorm, RotaryEmbedding
 from .kimi_cache import new_cache, with_latent_layers
 from .kimi_checkpoint import load_checkpoint, loading_result, save_checkpoint
+from .kimi_linear import Linear
 from .kimi_moe import MLP, Experts, MoE, Router
 from .kimi_vision import MoonViT, PatchMergerProjector, PositionEmbedding
 
 if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point names itself
+    from .kimi_cpu import experts_int4  # noqa: F401
     from .kimi_int4 import int4_linear  # noqa: F401
 
 logger = logging.get_logger(__name__)
@@ -115,7 +117,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: KimiK25TextConfig):
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
 
 class KimiK25PreTrainedModel(PreTrainedModel):

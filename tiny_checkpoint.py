@@ -94,7 +94,7 @@ def write_model_configs(folder: Path, base: int, text: dict[str, Any], vision: d
     """config.json and generation_config.json with small sizes, and every token id moved from the published base to `base`."""
     shift = base - PUBLISHED_BASE
     config = json.loads((ROOT / "config.json").read_text())
-    config["text_config"].update({**TINY_TEXT, **text}, vocab_size=base + 256)
+    config["text_config"].update({"vocab_size": base + 256, **TINY_TEXT, **text})
     sizes = {**TINY_VISION, **vision}
     # Engines that read the sizes without the prefix must find the same ones.
     plain = {name.removeprefix("vt_"): value for name, value in sizes.items() if name.startswith("vt_")}

@@ -1,0 +1,587 @@
+"""Products with packed int4 and bf16 matrices, and attention on the latent cache, on a CPU, for few rows, in C.
+
+A decoded token reads each weight once, so what counts is bytes per second. PyTorch's own bf16 product of one row with a
+matrix reaches about a third of the memory's rate, and nothing in it reads int4 words as the checkpoint has them. The C
+below does both at the speed of memory. It is compiled once, by the C compiler of the machine, into the user's cache
+folder; where there is no compiler (or the environment says KIMI_CPU_CODE=0) plain torch does the same work.
+
+How a word becomes numbers. The code of input m is nibble m % 8 of word m // 8. For s = 0..3
+
+    ((word >> 4 s) & 0x000F000F) | 0x43004300
+
+are two bf16 numbers, 128 + code of nibble s and 128 + code of nibble s + 4: 0x4300 is 128 in bf16, where the last bit
+counts one. So no conversion is needed: AVX-512's bf16 dot product takes them as they are, and 136 times the sum of the
+inputs is taken off afterwards, since code - 8 = (128 + code) - 136. Inputs are laid out in that order beforehand. Sums are
+fp32, and each group of 32 inputs is scaled as a whole.
+
+Machines without AVX-512 bf16 get the same loops in plain C, for the compiler to vectorise.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+typedef uint16_t bf16;
+enum { TILE = 8 };  /* rows that share one look at a matrix */
+
+static inline float widen(bf16 v) { uint32_t u = (uint32_t)v << 16; float f; memcpy(&f, &u, 4); return f; }
+
+static inline bf16 narrow(float f) {  /* to nearest, ties to even; NaN stays NaN */
+    uint32_t u; memcpy(&u, &f, 4);
+    if (f != f) return (bf16)((u >> 16) | 64);
+    return (bf16)((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+}
+
+/* Row x (M) as pairs (x[8w + s], x[8w + s + 4]) at pairs[s * M/8 + w], and 136 * (sum of the 8 inputs of word w). */
+static void arrange(const bf16 *x, long M, uint32_t *pairs, float *offset) {
+    long W = M / 8;
+    for (long w = 0; w < W; w++) {
+        float sum = 0;
+        for (int k = 0; k < 8; k++) sum += widen(x[8 * w + k]);
+        offset[w] = 136.0f * sum;
+        for (int s = 0; s < 4; s++)
+            pairs[s * W + w] = x[8 * w + s] | ((uint32_t)x[8 * w + s + 4] << 16);
+    }
+}
+
+/* One output for up to TILE rows: words (M/8), scale (M/32), rows given by their arranged inputs. */
+#ifdef __AVX512BF16__
+#define FOUR(a) _mm512_set_epi32(a + 3, a + 3, a + 3, a + 3, a + 2, a + 2, a + 2, a + 2, a + 1, a + 1, a + 1, a + 1, a, a, a, a)
+
+/* 16 words, that is 4 groups; `live` and `four` scales tell how much of them there is. Sums unscaled codes, then scales. */
+static inline __attribute__((always_inline)) void step_int4(
+        __m512i word, __m512 scale, long w, long W, __mmask16 live, int rows,
+        uint32_t *const *pairs, float *const *offset, __m512 *total) {
+    const __m512i mask = _mm512_set1_epi32(0x000F000F), base = _mm512_set1_epi32(0x43004300);
+    __m512bh code[4];
+    for (int k = 0; k < 4; k++)  /* 0xEA: (a & b) | c */
+        code[k] = (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi32(word, 4 * k), mask, base, 0xEA);
+    for (int r = 0; r < rows; r++) {
+        __m512 even = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_maskz_loadu_ps(live, offset[r] + w)), odd = _mm512_setzero_ps();
+        for (int k = 0; k < 4; k += 2) {
+            even = _mm512_dpbf16_ps(even, code[k], (__m512bh)_mm512_maskz_loadu_epi32(live, pairs[r] + k * W + w));
+            odd = _mm512_dpbf16_ps(odd, code[k + 1], (__m512bh)_mm512_maskz_loadu_epi32(live, pairs[r] + (k + 1) * W + w));
+        }
+        total[r] = _mm512_fmadd_ps(_mm512_add_ps(even, odd), scale, total[r]);
+    }
+}
+
+static inline __attribute__((always_inline)) void dot_int4_rows(
+        const uint32_t *words, const bf16 *scale, long M, int rows,
+        uint32_t *const *pairs, float *const *offset, float *out) {
+    long W = M / 8, w = 0;
+    __m512 total[TILE];
+    for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
+    for (; w + 64 <= W; w += 64) {
+        __m256i s16 = _mm256_loadu_si256((const __m256i *)(scale + w / 4));
+        __m512 s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(s16), 16));
+        step_int4(_mm512_loadu_si512(words + w), _mm512_permutexvar_ps(FOUR(0), s), w, W, 0xFFFF, rows, pairs, offset, total);
+        step_int4(_mm512_loadu_si512(words + w + 16), _mm512_permutexvar_ps(FOUR(4), s), w + 16, W, 0xFFFF, rows, pairs, offset, total);
+        step_int4(_mm512_loadu_si512(words + w + 32), _mm512_permutexvar_ps(FOUR(8), s), w + 32, W, 0xFFFF, rows, pairs, offset, total);
+        step_int4(_mm512_loadu_si512(words + w + 48), _mm512_permutexvar_ps(FOUR(12), s), w + 48, W, 0xFFFF, rows, pairs, offset, total);
+    }
+    for (; w < W; w += 16) {
+        __mmask16 live = W - w >= 16 ? 0xFFFF : (__mmask16)((1u << (W - w)) - 1);
+        __mmask16 groups = W - w >= 16 ? 0xF : (__mmask16)((1u << ((W - w) / 4)) - 1);
+        __m512i s16 = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(groups, scale + w / 4));
+        __m512 s = _mm512_permutexvar_ps(FOUR(0), _mm512_castsi512_ps(_mm512_slli_epi32(s16, 16)));
+        step_int4(_mm512_maskz_loadu_epi32(live, words + w), s, w, W, live, rows, pairs, offset, total);
+    }
+    for (int r = 0; r < rows; r++) out[r] = _mm512_reduce_add_ps(total[r]);
+}
+
+static inline void dot_int4(const uint32_t *words, const bf16 *scale, long M, int rows,
+                            uint32_t *const *pairs, float *const *offset, float *out) {
+    switch (rows) {  /* a constant count keeps the sums in registers */
+        case 1: dot_int4_rows(words, scale, M, 1, pairs, offset, out); return;
+        case 2: dot_int4_rows(words, scale, M, 2, pairs, offset, out); return;
+        case 3: dot_int4_rows(words, scale, M, 3, pairs, offset, out); return;
+        case 4: dot_int4_rows(words, scale, M, 4, pairs, offset, out); return;
+        default:
+            dot_int4_rows(words, scale, M, 4, pairs, offset, out);
+            dot_int4(words, scale, M, rows - 4, pairs + 4, offset + 4, out + 4);
+    }
+}
+#else
+static inline void dot_int4(const uint32_t *words, const bf16 *scale, long M, int rows,
+                            uint32_t *const *pairs, float *const *offset, float *out) {
+    long W = M / 8;
+    for (int r = 0; r < rows; r++) {
+        const uint32_t *p = pairs[r];
+        float total = 0;
+        for (long g = 0; g < W / 4; g++) {
+            float sum = 0;
+            for (long w = 4 * g; w < 4 * g + 4; w++)
+                for (int s = 0; s < 4; s++) {
+                    uint32_t pair = p[s * W + w], lo = pair << 16, hi = pair & 0xFFFF0000;
+                    float a, b; memcpy(&a, &lo, 4); memcpy(&b, &hi, 4);
+                    sum += a * ((int)((words[w] >> 4 * s) & 15) - 8);
+                    sum += b * ((int)((words[w] >> (4 * s + 16)) & 15) - 8);
+                }
+            total += sum * widen(scale[g]);
+        }
+        out[r] = total;
+    }
+}
+#endif
+
+#ifdef __AVX512BF16__
+static inline __attribute__((always_inline)) void dot_bf16_rows(
+        const bf16 *a, const bf16 *const *x, long M, int rows, float *out) {
+    __m512 even[TILE], odd[TILE];
+    for (int r = 0; r < rows; r++) even[r] = odd[r] = _mm512_setzero_ps();
+    long m = 0;
+    for (; m + 64 <= M; m += 64) {
+        __m512bh a0 = (__m512bh)_mm512_loadu_si512(a + m), a1 = (__m512bh)_mm512_loadu_si512(a + m + 32);
+        for (int r = 0; r < rows; r++) {
+            even[r] = _mm512_dpbf16_ps(even[r], a0, (__m512bh)_mm512_loadu_si512(x[r] + m));
+            odd[r] = _mm512_dpbf16_ps(odd[r], a1, (__m512bh)_mm512_loadu_si512(x[r] + m + 32));
+        }
+    }
+    for (; m < M; m += 32) {
+        __mmask32 live = M - m >= 32 ? 0xFFFFFFFFu : (1u << (M - m)) - 1;
+        __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(live, a + m);
+        for (int r = 0; r < rows; r++)
+            even[r] = _mm512_dpbf16_ps(even[r], v, (__m512bh)_mm512_maskz_loadu_epi16(live, x[r] + m));
+    }
+    for (int r = 0; r < rows; r++) out[r] = _mm512_reduce_add_ps(_mm512_add_ps(even[r], odd[r]));
+}
+
+static inline void dot_bf16(const bf16 *a, const bf16 *const *x, long M, int rows, float *out) {
+    switch (rows) {
+        case 1: dot_bf16_rows(a, x, M, 1, out); return;
+        case 2: dot_bf16_rows(a, x, M, 2, out); return;
+        case 3: dot_bf16_rows(a, x, M, 3, out); return;
+        case 4: dot_bf16_rows(a, x, M, 4, out); return;
+        default:
+            dot_bf16_rows(a, x, M, 4, out);
+            dot_bf16(a, x + 4, M, rows - 4, out + 4);
+    }
+}
+#else
+static inline void dot_bf16(const bf16 *a, const bf16 *const *x, long M, int rows, float *out) {
+    for (int r = 0; r < rows; r++) {
+        float total = 0;
+        for (long m = 0; m < M; m++) total += widen(a[m]) * widen(x[r][m]);
+        out[r] = total;
+    }
+}
+#endif
+
+/* y (R, N) = x (R, M) times the transpose of a (N, M), all bf16. */
+void linear_bf16(long R, long N, long M, const bf16 *x, const bf16 *a, bf16 *y) {
+    for (long first = 0; first < R; first += TILE) {
+        int rows = R - first < TILE ? (int)(R - first) : TILE;
+        const bf16 *at[TILE];
+        for (int r = 0; r < rows; r++) at[r] = x + (first + r) * M;
+        #pragma omp parallel for schedule(static)
+        for (long n = 0; n < N; n++) {
+            float out[TILE];
+            dot_bf16(a + n * M, at, M, rows, out);
+            for (int r = 0; r < rows; r++) y[(first + r) * N + n] = narrow(out[r]);
+        }
+    }
+}
+
+/* (N, M/8) words and (N, M/32) scales to (N, M) bf16, each (code - 8) * scale rounded once. */
+void unpack_int4(long N, long M, const uint32_t *words, const bf16 *scale, bf16 *out) {
+    #pragma omp parallel for schedule(static)
+    for (long n = 0; n < N; n++)
+        for (long g = 0; g < M / 32; g++) {
+            const uint8_t *octets = (const uint8_t *)(words + n * (M / 8) + 4 * g);
+            bf16 *to = out + n * M + 32 * g;
+            float s = widen(scale[n * (M / 32) + g]);
+#ifdef __AVX512BF16__
+            const __m512 codes = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+            __m256i table = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(s)));
+            __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)octets));
+            wide = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 12)), _mm512_set1_epi32(0x000F000F));
+            _mm512_storeu_si512(to, _mm512_permutexvar_epi16(wide, _mm512_castsi256_si512(table)));
+#else
+            for (int b = 0; b < 16; b++) {
+                to[2 * b] = narrow(((int)(octets[b] & 15) - 8) * s);
+                to[2 * b + 1] = narrow(((int)(octets[b] >> 4) - 8) * s);
+            }
+#endif
+        }
+}
+
+typedef struct { const uint32_t *words; const bf16 *scale; } Stack;  /* of E matrices */
+
+/* Sorts P pairs by expert and cuts them in jobs of at most TILE pairs; returns how many. */
+static long make_jobs(long P, const int64_t *experts, long *order, long *begin) {
+    long jobs = 0;
+    for (long p = 0; p < P; p++) {  /* insertion: P is small, and equal experts keep their order */
+        long q = p;
+        for (; q > 0 && experts[order[q - 1]] > experts[p]; q--) order[q] = order[q - 1];
+        order[q] = p;
+    }
+    for (long p = 0; p < P; p++)
+        if (p == 0 || experts[order[p]] != experts[order[p - 1]] || p - begin[jobs - 1] == TILE) begin[jobs++] = p;
+    begin[jobs] = P;
+    return jobs;
+}
+
+/* out (R, H) fp32 = sum over K of weights * down(silu(gate(x)) * up(x)) of the experts chosen, all of them packed. */
+int experts_int4(long R, long K, long H, long I, const bf16 *x, const int64_t *experts, const float *weights,
+                 const uint32_t *gate, const bf16 *gate_scale, const uint32_t *up, const bf16 *up_scale,
+                 const uint32_t *down, const bf16 *down_scale, float *out) {
+    long P = R * K, jobs, in = H / 8, mid = I / 8;
+    char *memory = malloc(P * 16 + 8 + R * in * 20 + P * (I * 2 + mid * 20 + H * 4));
+    if (!memory) return 1;
+    long *order = (long *)memory, *begin = order + P;
+    uint32_t *x_pairs = (uint32_t *)(begin + P + 1), *h_pairs = x_pairs + R * in * 4;
+    float *x_offset = (float *)(h_pairs + P * mid * 4), *h_offset = x_offset + R * in;
+    float *parts = h_offset + P * mid;  /* (P, H) */
+    bf16 *hidden = (bf16 *)(parts + P * H);  /* (P, I) */
+    jobs = make_jobs(P, experts, order, begin);
+    #pragma omp parallel
+    {
+        #pragma omp for schedule(static)
+        for (long r = 0; r < R; r++) arrange(x + r * H, H, x_pairs + r * in * 4, x_offset + r * in);
+        #pragma omp for collapse(2) schedule(static)
+        for (long j = 0; j < jobs; j++)
+            for (long i = 0; i < I; i++) {
+                uint32_t *pairs[TILE]; float *offset[TILE], a[TILE], b[TILE];
+                int rows = (int)(begin[j + 1] - begin[j]);
+                long at = experts[order[begin[j]]] * I + i;
+                for (int r = 0; r < rows; r++) {
+                    long row = order[begin[j] + r] / K;
+                    pairs[r] = x_pairs + row * in * 4; offset[r] = x_offset + row * in;
+                }
+                dot_int4(gate + at * in, gate_scale + at * (H / 32), H, rows, pairs, offset, a);
+                dot_int4(up + at * in, up_scale + at * (H / 32), H, rows, pairs, offset, b);
+                for (int r = 0; r < rows; r++)
+                    hidden[order[begin[j] + r] * I + i] = narrow(a[r] / (1.0f + expf(-a[r])) * b[r]);
+            }
+        #pragma omp for schedule(static)
+        for (long p = 0; p < P; p++) arrange(hidden + p * I, I, h_pairs + p * mid * 4, h_offset + p * mid);
+        #pragma omp for collapse(2) schedule(static)
+        for (long j = 0; j < jobs; j++)
+            for (long h = 0; h < H; h++) {
+                uint32_t *pairs[TILE]; float *offset[TILE], y[TILE];
+                int rows = (int)(begin[j + 1] - begin[j]);
+                long at = experts[order[begin[j]]] * H + h;
+                for (int r = 0; r < rows; r++) {
+                    long p = order[begin[j] + r];
+                    pairs[r] = h_pairs + p * mid * 4; offset[r] = h_offset + p * mid;
+                }
+                dot_int4(down + at * mid, down_scale + at * (I / 32), I, rows, pairs, offset, y);
+                for (int r = 0; r < rows; r++) parts[order[begin[j] + r] * H + h] = y[r];
+            }
+        #pragma omp for schedule(static)
+        for (long r = 0; r < R; r++)
+            for (long h = 0; h < H; h++) {
+                float sum = 0;  /* in the order of the choices, whatever the threads did */
+                for (long k = 0; k < K; k++) sum += weights[r * K + k] * parts[(r * K + k) * H + h];
+                out[r * H + h] = sum;
+            }
+    }
+    free(memory);
+    return 0;
+}
+
+/* out (C) += p * row (C) */
+static inline void add_scaled(float *out, float p, const bf16 *row, long C) {
+    #pragma omp simd
+    for (long c = 0; c < C; c++) out[c] += p * widen(row[c]);
+}
+
+typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
+
+/* out (n, 32 of C) = sum over the keys of weight * latent, n <= 4 rows with their sums in registers. */
+static inline __attribute__((always_inline)) void mix_tile(
+        int n, long keys, const float *weights, const bf16 *latent, long stride, float *out, long C) {
+    f32x16 sum[4][2];
+    for (int i = 0; i < n; i++) sum[i][0] = sum[i][1] = (f32x16){0};
+    for (long s = 0; s < keys; s++) {
+        f32x16 c[2];
+        for (int v = 0; v < 2; v++)
+            c[v] = (f32x16)(__builtin_convertvector(*(const u16x16 *)(latent + s * stride + 16 * v), u32x16) << 16);
+        for (int i = 0; i < n; i++)
+            for (int v = 0; v < 2; v++) sum[i][v] += weights[i * keys + s] * c[v];
+    }
+    for (int i = 0; i < n; i++)
+        for (int v = 0; v < 2; v++) *(f32x16 *)(out + i * C + 16 * v) = sum[i][v];
+}
+
+static void mix(long rows, long keys, const float *weights, const bf16 *latent, long stride, float *out, long C) {
+    long c = 0;
+    for (; c + 32 <= C; c += 32)
+        for (long r = 0; r < rows; r += 4) {
+            const float *w = weights + r * keys;
+            float *to = out + r * C + c;
+            if (rows - r >= 4) mix_tile(4, keys, w, latent + c, stride, to, C);
+            else if (rows - r == 3) mix_tile(3, keys, w, latent + c, stride, to, C);
+            else if (rows - r == 2) mix_tile(2, keys, w, latent + c, stride, to, C);
+            else mix_tile(1, keys, w, latent + c, stride, to, C);
+        }
+    for (; c < C; c++)
+        for (long r = 0; r < rows; r++) {
+            float sum = 0;
+            for (long s = 0; s < keys; s++) sum += weights[r * keys + s] * widen(latent[s * stride + c]);
+            out[r * C + c] = sum;
+        }
+}
+
+/* One block of keys for the rows of one sequence: scores, their maximum and sum, and the weighted sum of the latents. */
+static void attend_block(long rows, long T, long C, long D, long first, long last, float scale,
+                         const bf16 *q, const bf16 *q_pe, const bf16 *latent, long latent_stride,
+                         const bf16 *k_pe, long k_pe_stride, const uint8_t *mask, long mask_stride,
+                         float *top, float *sum, float *out, float *scores) {
+    for (long s = first; s < last; s++)
+        for (long r = 0; r < rows; r += TILE) {
+            int n = rows - r < TILE ? (int)(rows - r) : TILE;
+            const bf16 *at[TILE], *at_pe[TILE];
+            float a[TILE], b[TILE];
+            for (int i = 0; i < n; i++) { at[i] = q + (r + i) * C; at_pe[i] = q_pe + (r + i) * D; }
+            dot_bf16(latent + s * latent_stride, at, C, n, a);
+            dot_bf16(k_pe + s * k_pe_stride, at_pe, D, n, b);
+            for (int i = 0; i < n; i++) {
+                int seen = !mask || mask[((r + i) % T) * mask_stride + s];
+                scores[(r + i) * (last - first) + s - first] = seen ? (a[i] + b[i]) * scale : -3e38f;
+            }
+        }
+    for (long r = 0; r < rows; r++) {
+        float *row = scores + r * (last - first), most = -3e38f, total = 0;
+        for (long s = 0; s < last - first; s++) most = row[s] > most ? row[s] : most;
+        for (long s = 0; s < last - first; s++) total += row[s] = expf(row[s] - most);
+        top[r] = most; sum[r] = total;
+    }
+    mix(rows, last - first, scores, latent + first * latent_stride, latent_stride, out, C);
+}
+
+/* Absorbed attention of one layer. q_nope (B, h, T, dn), q_pe (B, h, T, D), up (h, dn + dv, C), latent (B, S, C) and k_pe
+   (B, S, D) with strides, mask (B or 1, T, S) bytes or null; out (B, T, h, dv). Blocks are merged in order, so the result
+   does not depend on the threads. */
+int absorb(long B, long heads, long T, long S, long dn, long dv, long C, long D, float scale,
+           const bf16 *q_nope, const bf16 *q_pe, const bf16 *up, const bf16 *latent, long latent_batch, long latent_stride,
+           const bf16 *k_pe, long k_pe_batch, long k_pe_stride, const uint8_t *mask, long mask_batch, bf16 *out) {
+    long rows = heads * T, block = (S + 63) / 64 > 128 ? (S + 63) / 64 : 128, blocks = (S + block - 1) / block;
+    long per_block = rows * (C + 2 + block);
+    float *memory = malloc((B * blocks * per_block) * sizeof(float) + B * rows * C * sizeof(bf16));
+    if (!memory) return 1;
+    bf16 *q = (bf16 *)(memory + B * blocks * per_block);
+    #pragma omp parallel
+    {
+        #pragma omp for collapse(2) schedule(static)
+        for (long b = 0; b < B; b++)
+            for (long h = 0; h < heads; h++)
+                for (long t = 0; t < T; t++) {
+                    float sums[4096];  /* C is checked by the caller */
+                    long row = (b * heads + h) * T + t;
+                    memset(sums, 0, C * sizeof(float));
+                    for (long d = 0; d < dn; d++) add_scaled(sums, widen(q_nope[row * dn + d]), up + (h * (dn + dv) + d) * C, C);
+                    for (long c = 0; c < C; c++) q[row * C + c] = narrow(sums[c]);
+                }
+        #pragma omp for collapse(2) schedule(static)
+        for (long b = 0; b < B; b++)
+            for (long k = 0; k < blocks; k++) {
+                float *part = memory + (b * blocks + k) * per_block;
+                long last = (k + 1) * block < S ? (k + 1) * block : S;
+                attend_block(rows, T, C, D, k * block, last, scale, q + b * rows * C, q_pe + b * rows * D,
+                             latent + b * latent_batch, latent_stride, k_pe + b * k_pe_batch, k_pe_stride,
+                             mask ? mask + b * mask_batch : 0, S, part, part + rows, part + 2 * rows, part + rows * (C + 2));
+            }
+        #pragma omp for collapse(2) schedule(static)
+        for (long b = 0; b < B; b++)
+            for (long r = 0; r < rows; r++) {
+                float sums[4096], most = -3e38f, total = 0;
+                bf16 mixed[4096];
+                const bf16 *at = mixed;
+                float *parts = memory + b * blocks * per_block;
+                for (long k = 0; k < blocks; k++) most = parts[k * per_block + r] > most ? parts[k * per_block + r] : most;
+                memset(sums, 0, C * sizeof(float));
+                for (long k = 0; k < blocks; k++) {
+                    float *part = parts + k * per_block, weight = expf(part[r] - most);
+                    total += weight * part[rows + r];
+                    for (long c = 0; c < C; c++) sums[c] += weight * part[2 * rows + r * C + c];
+                }
+                for (long c = 0; c < C; c++) mixed[c] = narrow(sums[c] / total);
+                for (long v = 0; v < dv; v++) {
+                    float y;
+                    dot_bf16(up + ((r / T) * (dn + dv) + dn + v) * C, &at, C, 1, &y);
+                    out[((b * T + r % T) * heads + r / T) * dv + v] = narrow(y);
+                }
+            }
+    }
+    free(memory);
+    return 0;
+}
+"""
+
+
+class Unavailable(RuntimeError):
+    """Why there is no compiled code on this machine."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled source. Raises `Unavailable` with the reason; both are remembered for the life of the process."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if platform.system() == "Windows" or compiler is None:
+        raise Unavailable("no C compiler (cc, gcc or clang) was found")
+    runtime = openmp_runtime()
+    flags = ["-O3", "-march=native", "-ffast-math", "-shared", "-fPIC"]
+    key = "\0".join([SOURCE, compiler, *flags, str(runtime), torch.__version__, cpu_features()])
+    target = cache_folder() / f"kimi_cpu_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not target.is_file():
+        compile_source(compiler, flags, runtime, target)
+    return ctypes.CDLL(str(target))
+
+
+def openmp_runtime() -> Path | None:
+    """The OpenMP library that PyTorch has loaded. A second one would bring its own threads, which wait by spinning."""
+    places = (Path(torch.__file__).parent / "lib", Path(torch.__file__).parent.parent / "torch.libs")
+    return next((path for place in places for path in sorted(place.glob("libgomp*.so*"))), None)
+
+
+def cpu_features() -> str:
+    """What the code was compiled for: the cache may lie in a home that several kinds of machine share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()} {platform.node()}"
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.node())
+
+
+def cache_folder() -> Path:
+    """A folder that only this user can write to, since what lies in it is executed."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kimi-k2.7-code"
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = root.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(root, os.W_OK):
+            return root
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="kimi_cpu_"))  # 0700; compiled anew by each process
+
+
+def compile_source(compiler: str, flags: list[str], runtime: Path | None, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        source, built = Path(folder) / "kimi_cpu.c", Path(folder) / "kimi_cpu.so"
+        source.write_text(SOURCE)
+        command = [compiler, *flags, "-o", str(built), str(source), "-lm"]
+        attempts = [[*command, "-fopenmp"], command]
+        if runtime is not None:
+            # -fopenmp makes the compiler understand the pragmas; -nodefaultlibs keeps it from adding its own runtime.
+            attempts.insert(0, [*command, "-fopenmp", "-nodefaultlibs", str(runtime), "-lc"])
+        errors = []
+        for attempt in attempts:
+            done = subprocess.run(attempt, capture_output=True, text=True, timeout=300, check=False)
+            if done.returncode == 0:
+                os.replace(built, target)  # at once, so that no other process sees half of it
+                return
+            errors.append(done.stderr.strip().splitlines()[:1])
+    raise Unavailable(f"{compiler} could not compile it: {errors}")
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """None if the compiled code can be used. KIMI_CPU_CODE=0 turns it off."""
+    if os.environ.get("KIMI_CPU_CODE") == "0":
+        return "the environment says KIMI_CPU_CODE=0"
+    try:
+        library()
+    except (Unavailable, OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return None
+
+
+def address(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (R, M) times the transpose of weight (N, M), both contiguous bf16 on the CPU; (R, N) bf16, sums in fp32."""
+    rows, inputs = x.shape
+    y = x.new_empty(rows, weight.shape[0])
+    sizes = map(ctypes.c_long, (rows, weight.shape[0], inputs))
+    library().linear_bf16(*sizes, address(x), address(weight), address(y))
+    return y
+
+
+def unpack_int4_bf16(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Writes (N, M/8) words times (N, M/32) bf16 scales into `out`, (N, M) bf16."""
+    rows, inputs = out.shape
+    library().unpack_int4(
+        ctypes.c_long(rows), ctypes.c_long(inputs), address(packed), address(scale), address(out)
+    )
+    return out
+
+
+def experts_int4(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    matrices: list[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """All chosen experts for a few rows in one call: x (R, H) bf16, ids (R, K) int64, weights (R, K) fp32, and (packed,
+    scale) stacks of gate, up and down. Returns the weighted sums, (R, H) fp32, the same ones on every run."""
+    rows, width = x.shape
+    output = torch.empty(rows, width, dtype=torch.float32)
+    sizes = map(ctypes.c_long, (rows, ids.shape[1], width, matrices[0][0].shape[1]))
+    tensors = [x, ids, weights, *(tensor for pair in matrices for tensor in pair), output]
+    if library().experts_int4(*sizes, *map(address, tensors)):
+        raise MemoryError(f"no memory for the intermediate results of {rows} rows")
+    return output
+
+
+def absorb(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    up: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Absorbed attention of one layer in one call, bf16.
+
+    q_nope (B, h, T, dn), q_pe (B, h, T, dr), up (h, dn + dv, c) contiguous, latent (B, 1, S, c) and k_pe (B, 1, S, dr)
+    with any batch and token strides, mask (B or 1, 1, T, S) boolean or None; returns (B, T, h, dv).
+    """
+    batch, heads, num_new, nope = q_nope.shape
+    num_total, width = latent.shape[2:]
+    v_dim = up.shape[1] - nope
+    output = q_nope.new_empty(batch, num_new, heads, v_dim)
+    q_nope, q_pe = q_nope.contiguous(), q_pe.contiguous()
+    mask_batch = 0
+    if mask is not None:
+        mask = mask.expand(-1, 1, num_new, num_total).contiguous()
+        mask_batch = num_new * num_total if mask.shape[0] > 1 else 0
+    sizes = (batch, heads, num_new, num_total, nope, v_dim, width, k_pe.shape[-1])
+    failed = library().absorb(
+        *map(ctypes.c_long, sizes),
+        ctypes.c_float(scaling),
+        *map(address, (q_nope, q_pe, up, latent)),
+        *map(ctypes.c_long, (latent.stride(0), latent.stride(2))),
+        address(k_pe),
+        *map(ctypes.c_long, (k_pe.stride(0), k_pe.stride(2))),
+        address(mask) if mask is not None else None,
+        ctypes.c_long(mask_batch),
+        address(output),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the scores of {num_new} new tokens against {num_total}")
+    return output

@@ -1,0 +1,308 @@
+"""The CPU's compiled code against plain torch and fp64, the choice of backends, and what happens without a compiler.
+
+These run where a C compiler is found; a machine without one skips them, and says so.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builders import assert_close, small_config
+from conftest import ROOT
+from kimi import kimi_cpu, kimi_moe
+from kimi.kimi_attention import latent_attention
+from kimi.kimi_int4 import dequantize_int4, pack_int4
+from kimi.kimi_linear import FEW_ROWS, Linear
+from kimi.kimi_moe import ExpertMatrices, choose_backend, run_experts, run_experts_cpu
+from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
+
+compiled = pytest.mark.skipif(kimi_cpu.why_unavailable() is not None, reason=f"{kimi_cpu.why_unavailable()}")
+
+
+def stack(experts, outputs, inputs, generator, scale=0.02):
+    words = torch.randint(-(2**31), 2**31, (experts, outputs, inputs // 8), generator=generator).int()
+    scales = (torch.rand(experts, outputs, inputs // 32, generator=generator) * scale).bfloat16()
+    return ExpertMatrices(words, scales)
+
+
+def layer(width=256, inner=96, experts=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [stack(experts, *shape, generator) for shape in ((inner, width), (inner, width), (width, inner))]
+
+
+def routed(rows, experts, choices, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(experts, generator=generator)[:choices] for _ in range(rows)])
+    return ids, torch.rand(rows, choices, generator=generator)
+
+
+def in_fp64(x, ids, weights, matrices):
+    wide = [ExpertMatrices(dequantize_int4(m.weight, m.scale, torch.float64), None) for m in matrices]
+    return run_experts(x.double(), ids, weights, *wide)
+
+
+def assert_as_good_as_torch(got, x, ids, weights, matrices):
+    """No further from fp64 than one and a half times plain torch in bf16 is."""
+    want = in_fp64(x, ids, weights, matrices)
+    size = want.abs().max().clamp(min=1e-30)
+    plain = (run_experts(x, ids, weights, *matrices) - want).abs().max()
+    assert torch.isfinite(got).all()
+    assert (got - want).abs().max() <= 1.5 * plain + 2**-8 * size, ((got - want).abs().max(), plain, size)
+
+
+# ---------------------------------------------------------------------------------------------------------- experts
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 17, 64, 200])
+@pytest.mark.parametrize("shape", [(256, 96), (160, 32), (2048, 512)])
+def test_experts_are_as_exact_as_plain_torch(rows, shape):
+    matrices = layer(*shape)
+    ids, weights = routed(rows, 8, 3)
+    x = torch.randn(rows, shape[0], generator=torch.Generator().manual_seed(1)).bfloat16()
+    got = run_experts_cpu(x, ids, weights, *matrices)
+    assert got.dtype == torch.float32 and got.equal(run_experts_cpu(x, ids, weights, *matrices)), "run to run"
+    assert_as_good_as_torch(got, x, ids, weights, matrices)
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 40])
+def test_adversarial_words_and_scales(rows):
+    matrices = layer()
+    gate, up, down = matrices
+    gate.weight[0] = 0  # all codes -8
+    gate.weight[1] = -2004318072  # 0x88888888: all codes 0
+    up.scale[2] = 1e-30
+    up.scale[3] = 50.0
+    down.weight[4] = -1  # all codes 7
+    gate.scale[5] = 0
+    ids, weights = routed(rows, 8, 6)
+    x = torch.randn(rows, 256).bfloat16()
+    assert_as_good_as_torch(run_experts_cpu(x, ids, weights, *matrices), x, ids, weights, matrices)
+
+
+@compiled
+@pytest.mark.parametrize("rows", [5, 50])
+def test_one_expert_may_get_everything(rows):
+    matrices = layer()
+    ids, weights = torch.full((rows, 1), 6), torch.ones(rows, 1)
+    x = torch.randn(rows, 256).bfloat16()
+    assert_as_good_as_torch(run_experts_cpu(x, ids, weights, *matrices), x, ids, weights, matrices)
+
+
+@compiled
+def test_threads_do_not_change_the_result():
+    matrices, (ids, weights) = layer(2048, 512), routed(3, 8, 4)
+    x = torch.randn(3, 2048).bfloat16()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(run_experts_cpu(x, ids, weights, *matrices))
+    finally:
+        torch.set_num_threads(before)
+    assert results[0].equal(results[1]) and results[0].equal(results[2])
+
+
+@compiled
+@given(st.integers(1, 5), st.sampled_from([32, 64, 96, 160, 512, 544]), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_unpacking_is_bit_exact(rows, inputs, seed):
+    (matrix,) = [stack(1, rows, inputs, torch.Generator().manual_seed(seed), scale=3.0)]
+    want = dequantize_int4(matrix.weight[0], matrix.scale[0])
+    got = kimi_cpu.unpack_int4_bf16(matrix.weight[0], matrix.scale[0], torch.empty_like(want))
+    assert got.equal(want)
+
+
+@compiled
+def test_every_code_in_every_place():
+    codes = torch.arange(-8, 8).repeat(32)[:, None].roll(1) + torch.zeros(32, dtype=torch.long)
+    values = (codes + torch.arange(32)) % 16 - 8
+    packed, scale = pack_int4(values), torch.ones(len(values), 1).bfloat16()
+    got = kimi_cpu.unpack_int4_bf16(packed, scale, torch.empty(len(values), 32, dtype=torch.bfloat16))
+    assert got.equal(values.bfloat16())
+    x = torch.eye(32).bfloat16()  # row m picks input m, through the product that never unpacks
+    out = torch.zeros(32, 1)
+    for row, weights in enumerate(values[:16]):
+        stack_of_one = (pack_int4(weights[None, None].repeat(1, 32, 1)), torch.ones(1, 32, 1).bfloat16())
+        down = (pack_int4(torch.eye(32).long()[None]), torch.ones(1, 32, 1).bfloat16())
+        ids, one = torch.zeros(32, 1, dtype=torch.long), torch.ones(32, 1)
+        out = kimi_cpu.experts_int4(x, ids, one, [stack_of_one, stack_of_one, down])
+        v = weights.float()
+        want = (v * torch.sigmoid(v) * v).bfloat16().float()[:, None].expand(32, 32)
+        assert_close(out, want, 0.26, f"row {row}: silu(v) v up to 49, rounded to bf16 once")
+
+
+# ------------------------------------------------------------------------------------------------- dense and latent
+
+
+@compiled
+@given(st.integers(1, 9), st.integers(1, 70), st.integers(1, 300), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_linear_of_any_shape(rows, outputs, inputs, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=generator).bfloat16()
+    weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    want = F.linear(x.double(), weight.double())
+    assert_close(
+        kimi_cpu.linear_bf16(x, weight), want, 2**-8 * want.abs().max().item() + 1e-3, "one rounding to bf16"
+    )
+
+
+@compiled
+def test_the_linear_layer_goes_the_short_way_only_where_it_may(monkeypatch):
+    calls = []
+    real = kimi_cpu.linear_bf16
+    monkeypatch.setattr("kimi.kimi_linear.linear_bf16", lambda x, w: calls.append(x.shape) or real(x, w))
+    module = Linear(64, 32).bfloat16()
+    assert isinstance(module, torch.nn.Linear) and module.bias is None
+    x = torch.randn(2, FEW_ROWS // 2, 64).bfloat16()
+    with torch.no_grad():
+        y = module(x)
+        assert y.shape == (2, FEW_ROWS // 2, 32) and calls == [(FEW_ROWS, 64)]
+        assert_close(y, F.linear(x, module.weight), 2**-6, "two roundings of the same sum")
+        module(torch.randn(FEW_ROWS + 1, 64).bfloat16())
+        module(torch.empty(0, 64).bfloat16())
+        module.float()(x.float())
+    module.bfloat16()(x).sum().backward()
+    assert calls == [(FEW_ROWS, 64)] and module.weight.grad.abs().sum() > 0
+
+
+@compiled
+@given(st.integers(1, 3), st.integers(1, 8), st.integers(0, 700), st.booleans(), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_absorbed_attention(batch, new, cached, padded, seed):
+    """Random lengths over several blocks, left padding, strided caches."""
+    heads, dn, dv, c, dr, total = 4, 16, 12, 72, 24, cached + new
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    q_nope, q_pe, up = normal(batch, heads, new, dn), normal(batch, heads, new, dr), normal(heads, dn + dv, c)
+    latent, k_pe = normal(batch, 1, total + 5, c)[:, :, :total], normal(batch, 1, total, dr + 8)[..., :dr]
+    mask = torch.ones(new, total, dtype=torch.bool).tril(total - new)[None, None]
+    if padded:
+        hidden = torch.randint(0, cached + 1, (batch, 1), generator=generator)
+        mask = mask & (torch.arange(total) >= hidden)[:, None, None]
+    elif new == 1:
+        mask = None
+
+    def plain(*tensors):
+        q_nope, q_pe, up, latent, k_pe = tensors
+        q_latent = torch.einsum("bhtd,hdc->bhtc", q_nope, up[:, :dn])
+        out, _ = latent_attention(q_latent, q_pe, latent, k_pe, mask, 0.05)
+        return torch.einsum("bhtc,hvc->bthv", out, up[:, dn:])
+
+    tensors = (q_nope, q_pe, up, latent, k_pe)
+    want = plain(*(tensor.double() for tensor in tensors))
+    got = kimi_cpu.absorb(*tensors, mask, 0.05)
+    allowed = 1.5 * (plain(*tensors) - want).abs().max() + 2**-7 * want.abs().max()
+    assert (got - want).abs().max() <= allowed
+
+
+# ----------------------------------------------------------------------------------------------------------- choice
+
+
+def test_backends_are_chosen_in_one_place_and_say_why_not(monkeypatch):
+    gate, x = layer()[0], torch.zeros(1, 256, dtype=torch.bfloat16)
+    assert choose_backend("reference", x, gate) is run_experts
+    assert choose_backend("auto", x.float(), gate) is run_experts
+    assert choose_backend("auto", x, ExpertMatrices(torch.zeros(1), None)) is run_experts, "dense experts"
+    with pytest.raises(
+        ValueError, match=r"int4_backend 'cpu' is unavailable: it takes bfloat16, not torch.float32"
+    ):
+        choose_backend("cpu", x.float(), gate)
+    if kimi_cpu.why_unavailable() is None:
+        assert choose_backend("auto", x, gate) is choose_backend("cpu", x, gate) is run_experts_cpu
+    monkeypatch.setattr(kimi_moe, "why_unavailable", lambda: "no C compiler (cc, gcc or clang) was found")
+    assert choose_backend("auto", x, gate) is run_experts
+    with pytest.raises(ValueError, match="'cpu' is unavailable: no C compiler"):
+        choose_backend("cpu", x, gate)
+    with pytest.raises(
+        ValueError, match=r'int4_backend .* is "fast"; it is one of auto, reference, cpu, triton'
+    ):
+        small_config().int4_backend = "fast"
+
+
+@compiled
+def test_a_whole_model_decodes_the_same_with_and_without():
+    torch.manual_seed(0)
+    model = Kimi(small_config()).bfloat16().eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("packed"):
+            weight.data = torch.randint(-(2**31), 2**31, weight.shape).int()
+        elif name.endswith("scale"):
+            weight.data = torch.rand(weight.shape).mul(0.01).bfloat16()
+    ids, logits = torch.randint(3, 300, (2, 12)), []
+    for backend, path in (("auto", "auto"), ("reference", "expand")):
+        model.config.int4_backend, model.config.mla_path = backend, path
+        with torch.no_grad():
+            cache = model(ids[:, :9]).past_key_values
+            steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(9, 12)]
+        logits.append(torch.cat(steps, 1).float())
+    scale = logits[1].abs().max()
+    assert_close(logits[0] / scale, logits[1] / scale, 0.05, "bf16, three layers")
+
+
+IN_A_FRESH_PROCESS = """
+import sys, torch
+from kimi import kimi_cpu
+print(kimi_cpu.why_unavailable())
+if kimi_cpu.why_unavailable() is None:
+    print(kimi_cpu.linear_bf16(torch.ones(1, 64).bfloat16(), torch.ones(2, 64).bfloat16()).tolist())
+"""
+
+
+def run_fresh(tmp_path, **variables):
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_FRESH_PROCESS], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no compiled code on Windows")
+def test_a_machine_without_a_compiler_says_so(tmp_path):
+    assert run_fresh(tmp_path, PATH="/nonexistent", CC="") == ["no C compiler (cc, gcc or clang) was found"]
+    assert run_fresh(tmp_path, KIMI_CPU_CODE="0") == ["the environment says KIMI_CPU_CODE=0"]
+
+
+@compiled
+def test_the_library_is_compiled_once_into_a_private_folder(tmp_path):
+    assert run_fresh(tmp_path) == ["None", "[[64.0, 64.0]]"]
+    (built,) = (tmp_path / "kimi-k2.7-code").iterdir()
+    assert (tmp_path / "kimi-k2.7-code").stat().st_mode & 0o077 == 0
+    changed = built.stat().st_mtime_ns
+    assert run_fresh(tmp_path) == ["None", "[[64.0, 64.0]]"] and built.stat().st_mtime_ns == changed
+    (tmp_path / "kimi-k2.7-code").chmod(0o777)
+    assert run_fresh(tmp_path) == ["None", "[[64.0, 64.0]]"], "a folder that others can write to is not used"
+
+
+@compiled
+def test_the_plain_loops_agree_too(tmp_path):
+    """What machines without AVX-512 bf16 run: the same source without that instruction set."""
+    code = f"""
+import sys; sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
+from kimi import kimi_cpu
+kimi_cpu.SOURCE = kimi_cpu.SOURCE.replace("__AVX512BF16__", "NOT_THIS_ONE")
+import test_cpu
+for rows in (1, 7, 40):
+    test_cpu.test_experts_are_as_exact_as_plain_torch(rows, (160, 32))
+test_cpu.test_adversarial_words_and_scales(1)
+test_cpu.test_unpacking_is_bit_exact()
+test_cpu.test_every_code_in_every_place()
+test_cpu.test_linear_of_any_shape()
+test_cpu.test_absorbed_attention()
+print("agreed")
+"""
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["agreed"], done.stderr[-3000:]
