@@ -45,7 +45,9 @@ from .kimi_linear import Linear
 # 0 without one; see `choose_path`, and LOG.md for where the two really cross.
 ABSORB_UP_TO = 128
 FEW_QUERIES = 8  # new tokens up to which the compiled code of a CPU does absorbed attention
-WORKSPACE_BYTES = 512 * 2**20  # for expanded keys and values, or for scores, of one layer's call
+WORKSPACE_BYTES = (
+    256 * 2**20
+)  # for keys and values while they are expanded, or for scores, of one layer's call
 
 
 class RMSNorm(nn.Module):
@@ -57,9 +59,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        # A norm reads bf16 and sums in fp32, where squares would be written out: three times the input's size, in fp32.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse_rms = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
+        return self.weight * (x * inverse_rms).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -292,8 +295,9 @@ class MLA(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention on keys and values made from the cache, as many heads at a time as the workspace holds."""
         up, outputs, weights = None, [], []
-        heads = heads_at_once(latent, self.num_heads, self.nope_dim + self.rope_dim)
-        query = torch.cat((q_nope, q_pe), dim=-1)
+        heads = heads_at_once(
+            latent, self.num_heads, self.nope_dim + self.rope_dim, self.nope_dim + self.v_dim
+        )
         for start in range(0, self.num_heads, heads):
             part = slice(start, start + heads)
             if heads >= self.num_heads:
@@ -304,7 +308,9 @@ class MLA(nn.Module):
             kv = kv.unflatten(-1, (-1, self.nope_dim + self.v_dim)).transpose(1, 2)
             k_nope, value = kv.split((self.nope_dim, self.v_dim), dim=-1)
             key = torch.cat((k_nope, k_pe.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
-            output, scores = self.attend(query[:, part], key, value, attention_mask, **kwargs)
+            del kv, k_nope
+            query = torch.cat((q_nope[:, part], q_pe[:, part]), dim=-1)
+            output, scores = self.attend(query, key, value, attention_mask, **kwargs)
             outputs.append(output)
             weights.append(scores)
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)  # (B, T, h, dv)
@@ -360,10 +366,10 @@ def choose_path(path: str, num_new: int, num_total: int) -> str:
     return "absorb" if num_new == 1 or (num_new <= ABSORB_UP_TO and num_total >= 4 * num_new) else "expand"
 
 
-def heads_at_once(latent: torch.Tensor, num_heads: int, qk_dim: int) -> int:
-    """Heads whose keys and (padded) values over the S cached tokens fit WORKSPACE_BYTES; at least one."""
+def heads_at_once(latent: torch.Tensor, num_heads: int, qk_dim: int, kv_dim: int) -> int:
+    """Heads of which `kv_b_proj`'s output, keys and padded values over S tokens fit WORKSPACE_BYTES; at least one."""
     batch, _, length, _ = latent.shape
-    per_head = batch * length * 2 * qk_dim * latent.element_size()
+    per_head = batch * length * (kv_dim + 2 * qk_dim) * latent.element_size()
     return max(1, min(num_heads, WORKSPACE_BYTES // max(per_head, 1)))
 
 

@@ -120,14 +120,16 @@ def test_a_small_workspace_changes_nothing(path, attn, limit, monkeypatch):
 
 
 def test_workspace_at_full_size():
-    """Keys and values, or scores, of one call: at most 512 MB at every context up to 262,144."""
+    """What one call expands, or its scores: at most 512 MB at every context up to 262,144."""
     for length in (4096, 32768, 262144):
         latent = torch.empty(1, 1, length, 512, dtype=torch.bfloat16, device="meta")
-        heads = heads_at_once(latent, 64, 192)
-        assert heads >= 1 and heads * length * 2 * 192 * 2 <= 512 * 2**20
+        heads = heads_at_once(latent, 64, 192, 256)
+        assert heads >= 1 and heads * length * (256 + 2 * 192) * 2 <= 512 * 2**20
         queries = queries_at_once(torch.empty(1, 64, 128, 512, dtype=torch.bfloat16, device="meta"), length)
         assert queries >= 1 and queries * 64 * length * 10 <= 512 * 2**20
-    assert heads_at_once(torch.empty(1, 1, 4096, 512, dtype=torch.bfloat16, device="meta"), 64, 192) == 64
+    assert (
+        heads_at_once(torch.empty(1, 1, 2048, 512, dtype=torch.bfloat16, device="meta"), 64, 192, 256) == 64
+    )
 
 
 def test_paths_can_be_forced_and_cross_in_one_place():
