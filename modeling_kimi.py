@@ -81,6 +81,7 @@ class Decoder(nn.Module):
         cache_position: torch.Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        debug_nan: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """inputs_embeds (B, T, H) to the normed last hidden state (B, T, H)."""
@@ -96,8 +97,10 @@ class Decoder(nn.Module):
         all_states: list[Any] = [inputs_embeds]
         all_weights: list[Any] = []
         x = inputs_embeds
-        for layer in self.layers:
+        for idx, layer in enumerate(self.layers):
             x, weights = layer(x, **shared, **kwargs)
+            if debug_nan:
+                _check_finite(x, f"layer {idx}")
             if output_hidden_states:
                 all_states.append(x)
             if output_attentions:
@@ -276,6 +279,7 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        debug_nan: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass over T new tokens.
@@ -287,6 +291,8 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             position_ids: (B, T); by default counted over the attention mask, so left padding takes no positions.
             labels: (B, T), `ignore_index` where there is no loss; shifted inside.
             logits_to_keep: 0 for all positions, n for the last n, or indices.
+            debug_nan: raise a ValueError that names the first layer whose output has a NaN or an infinity. Waits for the
+                device after each layer.
 
         Returns logits (B, kept, V) in the model's dtype, the loss if labels are given, and the cache, which holds the
         latents: 576 values per token and layer at full size.
@@ -297,6 +303,8 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = new_cache(text)
         inputs_embeds = self._embed(input_ids, inputs_embeds)  # (B, T, H)
+        if debug_nan:
+            _check_finite(inputs_embeds, "embed_tokens")
         if pixel_values is not None and pixel_values.numel():
             inputs_embeds = self._insert_media(input_ids, inputs_embeds, pixel_values, grid_thws)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -321,10 +329,13 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             output_hidden_states=(
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),
+            debug_nan=debug_nan,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.language_model.lm_head(outputs.last_hidden_state[:, keep])
+        if debug_nan:
+            _check_finite(logits, "lm_head")
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -388,6 +399,12 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         if prompt is not None:
             _check_ids(prompt, self.config.text_config.vocab_size, even_on_gpu=True)
             _check_length(0, prompt.shape[-1], self.config.text_config.max_position_embeddings)
+        settings: Any = (args[0] if args else kwargs.get("generation_config")) or self.generation_config
+        if kwargs.get("do_sample", settings.do_sample) is False and (kwargs.get("num_beams") or 1) == 1:
+            logger.warning_once(  # type: ignore[attr-defined]
+                "Greedy decoding: a model that thinks may go round in circles with it. The advice is to sample with"
+                " temperature 1.0 and top_p 0.95, as generation_config.json does."
+            )
         return super().generate(inputs, *args, **kwargs)
 
     def _prepare_cache_for_generation(
@@ -458,6 +475,12 @@ def _check_ids(input_ids: torch.Tensor, vocab_size: int, even_on_gpu: bool = Fal
         if low < 0 or high >= vocab_size:
             wrong = low if low < 0 else high
             raise ValueError(f"token id {wrong} lies outside the vocabulary of {vocab_size} tokens.")
+
+
+def _check_finite(x: torch.Tensor, where: str) -> None:
+    wrong = int((~torch.isfinite(x)).sum())
+    if wrong:
+        raise ValueError(f"{where} made the first NaN or infinity: {wrong} of {x.numel()} values.")
 
 
 def _check_length(past_length: int | torch.Tensor, num_tokens: int, max_positions: int) -> None:

@@ -197,6 +197,33 @@ def test_a_left_padded_batch_with_an_image_equals_each_row_alone():
     assert not other.equal(image), "the picture matters"
 
 
+def test_a_nan_is_traced_to_the_layer_that_made_it():
+    model = golden_model("sdpa")
+    with torch.no_grad():
+        assert torch.isfinite(model(IDS, debug_nan=True).logits).all()
+        model.language_model.model.layers[1].mlp.gate.weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match=r"layer 1 made the first NaN or infinity: \d+ of 576 values"):
+            model(IDS, debug_nan=True)
+        with pytest.raises(ValueError, match="layer 1 made the first NaN"):
+            model.generate(IDS, debug_nan=True, **GREEDY)
+        model.get_input_embeddings().weight[5] = float("inf")
+        with pytest.raises(ValueError, match="embed_tokens made the first NaN or infinity: 32 of"):
+            model(torch.tensor([[5, 6]]), debug_nan=True)
+
+
+def test_greedy_decoding_of_a_thinking_model_warns_once(model, caplog):
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.warning_once.cache_clear()
+    try:
+        for sample in (True, False, False):
+            model.generate(IDS, **{**GREEDY, "do_sample": sample})
+    finally:
+        transformers.utils.logging.disable_propagation()
+    assert (
+        caplog.text.count("may go round in circles") <= 1
+    )  # once a process: an earlier test may have had it
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_decode_step_compiles_whole(packed):
     """torch.compile(fullgraph=True) with a static cache: no graph break, the same tokens."""
