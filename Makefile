@@ -1,12 +1,13 @@
 # make demo        a small checkpoint in the published layout, loaded and asked a question
 # make test        the test suite on transformers 4.57 (.venv)
 # make test-next   the same on transformers 5.x (.venv-next)
+# make test-kernels  the Triton kernels under Triton's interpreter, no GPU needed (.venv-kernels)
 # make lint        formatting, lint and types
 # Needs Python 3.10 or later and make; each target makes the environment it runs in.
 
 PYTHON ?= python3
 
-.PHONY: demo test test-next lint
+.PHONY: demo test test-next test-kernels lint
 
 demo: .venv/ready
 	.venv/bin/python demo.py
@@ -16,6 +17,9 @@ test: .venv/ready-dev
 
 test-next: .venv-next/ready-dev
 	.venv-next/bin/python -m pytest $(ARGS)
+
+test-kernels: .venv-kernels/ready
+	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest tests/test_int4_triton.py tests/test_attention_triton.py $(ARGS)
 
 lint: .venv/ready-dev
 	.venv/bin/ruff check .
@@ -34,4 +38,9 @@ lint: .venv/ready-dev
 .venv-next/ready-dev: requirements-next.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv-next
 	.venv-next/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-next.txt -r requirements-dev.txt
+	touch $@
+
+.venv-kernels/ready: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv-kernels
+	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt triton==3.6.0
 	touch $@

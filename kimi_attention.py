@@ -25,6 +25,7 @@ Sources: DeepSeek-V2 (arXiv:2405.04434 section 2.1) and DeepSeek-V3 (arXiv:2412.
 (arXiv:2309.00071 section 3) for the frequencies.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -34,12 +35,21 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from .configuration_kimi import KimiK25TextConfig
 from .kimi_cache import append
 from .kimi_cpu import absorb as kimi_cpu_absorb
 from .kimi_cpu import why_unavailable
 from .kimi_linear import Linear
+
+NO_TRITON: str | None = None
+try:
+    from .kimi_attention_triton import latent_attention_triton
+except ImportError as error:
+    NO_TRITON = f"triton cannot be imported ({error})"
+
+logger = logging.get_logger(__name__)
 
 # New tokens up to which attention runs on the latent. On paper c(dn + dv) / (2c - dn - dv) = 171 against a long cache,
 # 0 without one; see `choose_path`, and LOG.md for where the two really cross.
@@ -230,7 +240,10 @@ class MLA(nn.Module):
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, T, dn + dr)
         q_nope, q_pe = q.split((self.nope_dim, self.rope_dim), dim=-1)
-        return q_nope, apply_rotary(q_pe, *cos_sin)
+        if q_pe.shape[2] <= ABSORB_UP_TO:
+            return q_nope, apply_rotary(q_pe, *cos_sin)
+        # Fp32 inside, so not all heads at once.
+        return q_nope, torch.cat([apply_rotary(some, *cos_sin) for some in q_pe.split(8, dim=1)], dim=1)
 
     def latents(
         self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
@@ -271,7 +284,7 @@ class MLA(nn.Module):
             return kimi_cpu_absorb(q_nope, q_pe, up, latent, k_pe, mask, self.scaling), None
         up_k, up_v = up.split((self.nope_dim, self.v_dim), dim=1)
         q_latent = torch.einsum("bhtd,hdc->bhtc", q_nope, up_k)
-        attend = pick_latent_attention(self.config.mla_path, latent.device, self.wants_weights())
+        attend = pick_latent_attention(self.config.mla_path, q_latent, self.wants_weights())
         parts = []
         step = queries_at_once(q_latent, latent.shape[2])
         for start in range(0, q_latent.shape[2], step):
@@ -404,10 +417,41 @@ def queries_at_once(q_latent: torch.Tensor, num_total: int) -> int:
     return max(1, min(num_new, WORKSPACE_BYTES // per_query))
 
 
-def pick_latent_attention(path: str, device: torch.device, wants_weights: bool) -> Callable:
-    """The one place that chooses how absorbed attention runs. `path` may force it: "absorb-eager" or "absorb-sdpa"."""
-    forced = path.partition("-")[2]
+def pick_latent_attention(path: str, q_latent: torch.Tensor, wants_weights: bool) -> Callable:
+    """The one place that chooses how absorbed attention runs. `path` may force it: "absorb-eager", "-sdpa" or "-triton".
+
+    Raises ValueError if the kernel was asked for by name and cannot be used, with the reason.
+    """
+    forced, few = path.partition("-")[2], q_latent.shape[2] <= FEW_QUERIES
+    recorded = torch.is_grad_enabled() and q_latent.requires_grad
+    if forced == "triton" or (not forced and q_latent.is_cuda and few and not wants_weights and not recorded):
+        reason = why_not_triton(q_latent.device, q_latent.dtype)
+        if reason is None:
+            return latent_attention_triton
+        if forced:
+            raise ValueError(f"mla_path '{path}' is unavailable: {reason}.")
     return latent_attention_sdpa if forced == "sdpa" and not wants_weights else latent_attention
+
+
+@functools.cache
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if the kernel runs on this device and agrees with the reference, which is tried once on a short cache."""
+    if NO_TRITON is not None or device.type != "cuda":
+        return NO_TRITON or f"the cache is on {device}"
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, 1, 512), (1, 4, 1, 64), (1, 1, 300, 512), (1, 1, 300, 64))
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    try:
+        want, _ = latent_attention(*tensors, None, 0.05)
+        got, _ = latent_attention_triton(*tensors, None, 0.05)
+        wrong = float((got - want).abs().max() / want.abs().max())
+        if not wrong < 0.05:
+            raise ArithmeticError(f"it differs by {wrong:.3g} of the largest output")
+    except Exception as problem:  # whatever a compiler or driver may raise: the reference still works
+        reason = f"its kernel fails on {device} ({type(problem).__name__}: {problem})"
+        logger.warning(f"attention on the latent runs in plain torch: triton is there, but {reason}")
+        return reason
+    return None
 
 
 def latent_attention(

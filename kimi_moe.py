@@ -17,22 +17,38 @@ A layer's experts are stacked by projection: one (E, N, M/8) int32 tensor where 
 pointer; state_dict() and load_state_dict() speak the checkpoint's names.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import logging
 
 from .configuration_kimi import KimiK25TextConfig
 from .kimi_cpu import experts_int4, unpack_int4_bf16, why_unavailable
 from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, dequantize_int4, int4_linear
 from .kimi_linear import Linear
 
+NO_TRITON: str | None = None
+try:
+    from .kimi_int4_triton import run_experts_triton
+except ImportError as error:
+    NO_TRITON = f"triton cannot be imported ({error})"
 
-ROWS_AT_ONCE = (
-    4096  # of a long prompt, through a dense MLP: its inner values are 2.6 times as wide as the stream
-)
+logger = logging.get_logger(__name__)
+ROWS_AT_ONCE = 4096  # of a long prompt: inner values are wider than the stream, or fp32
+
+
+def by_rows(function: Callable, x: torch.Tensor, rows: int) -> torch.Tensor:
+    """function(x), of `rows` rows of x (..., H) at a time where nothing is recorded; it must map rows one by one."""
+    if x.numel() <= rows * x.shape[-1] or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(x)
+    output = x.new_empty(x.shape)
+    for part, to in zip(x.flatten(0, -2).split(rows), output.flatten(0, -2).split(rows), strict=True):
+        to.copy_(function(part))
+    return output
 
 
 class MLP(nn.Module):
@@ -46,14 +62,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., H) to (..., H)."""
-        if x.numel() <= ROWS_AT_ONCE * x.shape[-1] or torch.is_grad_enabled():
-            return self.swiglu(x)
-        output = x.new_empty(x.shape)
-        for part, to in zip(
-            x.flatten(0, -2).split(ROWS_AT_ONCE), output.flatten(0, -2).split(ROWS_AT_ONCE), strict=True
-        ):
-            to.copy_(self.swiglu(part))
-        return output
+        return by_rows(self.swiglu, x, ROWS_AT_ONCE)
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -245,6 +254,10 @@ def choose_backend(requested: str, x: torch.Tensor, gate: ExpertMatrices) -> Cal
         why_not = why_not_cpu(x, gate)
         if why_not is None:
             return run_experts_cpu
+    if requested == "triton" or (requested == "auto" and device == "cuda"):
+        why_not = why_not_triton(x.device)
+        if why_not is None:
+            return run_experts_triton
     if requested != "auto":
         raise ValueError(f"int4_backend '{requested}' is unavailable: {why_not}.")
     return run_experts
@@ -258,6 +271,35 @@ def why_not_cpu(x: torch.Tensor, gate: ExpertMatrices) -> str | None:
     if torch.is_grad_enabled() and x.requires_grad:
         return "it computes no gradients"
     return why_unavailable()
+
+
+@functools.cache
+def why_not_triton(device: torch.device) -> str | None:
+    """None if the kernels run on this device and agree with the reference, which is tried once on a small layer."""
+    if NO_TRITON is not None or device.type != "cuda":
+        return NO_TRITON or f"the weights are on {device}"
+    generator = torch.Generator().manual_seed(0)
+    matrices = []
+    for outputs, inputs in ((64, 256), (64, 256), (256, 64)):
+        words = torch.randint(
+            -(2**31), 2**31, (4, outputs, inputs // CODES_PER_WORD), generator=generator
+        ).int()
+        scales = (torch.rand(4, outputs, inputs // GROUP_SIZE, generator=generator) * 0.02).bfloat16()
+        matrices.append(ExpertMatrices(words.to(device), scales.to(device)))
+    try:
+        for rows in (1, 40):  # the kernels for few and for many rows
+            x = torch.randn(rows, 256, generator=generator).bfloat16().to(device)
+            ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(rows)]).to(device)
+            weights = torch.ones(rows, 2, device=device)
+            want = run_experts(x, ids, weights, *matrices)
+            wrong = (run_experts_triton(x, ids, weights, *matrices) - want).abs().max() / want.abs().max()
+            if not wrong < 0.05:
+                raise ArithmeticError(f"{rows} rows differ by {float(wrong):.3g} of the largest output")
+    except Exception as problem:  # whatever a compiler or driver may raise: the reference still works
+        reason = f"its kernels fail on {device} ({type(problem).__name__}: {problem})"
+        logger.warning(f"int4 experts run in plain torch, slowly: triton is there, but {reason}")
+        return reason
+    return None
 
 
 def run_experts(
@@ -364,6 +406,9 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H) to (B, T, H)."""
+        return by_rows(self.mix, x, 4 * ROWS_AT_ONCE)  # more, since each part unpacks the experts anew
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, -2)  # (R, H)
         topk_ids, topk_weights = self.gate(flat)
         routed = self.experts(flat, topk_ids, topk_weights).to(x.dtype)

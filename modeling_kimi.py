@@ -36,8 +36,10 @@ from .kimi_moe import MLP, Experts, MoE, Router
 from .kimi_vision import MoonViT, PatchMergerProjector, PositionEmbedding
 
 if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point names itself
+    from .kimi_attention_triton import latent_attention_triton  # noqa: F401
     from .kimi_cpu import experts_int4  # noqa: F401
     from .kimi_int4 import int4_linear  # noqa: F401
+    from .kimi_int4_triton import run_experts_triton  # noqa: F401
 
 logger = logging.get_logger(__name__)
 MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)

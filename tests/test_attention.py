@@ -128,7 +128,7 @@ def test_workspace_at_full_size():
         queries = queries_at_once(torch.empty(1, 64, 128, 512, dtype=torch.bfloat16, device="meta"), length)
         assert queries >= 1 and queries * 64 * length * 10 <= 512 * 2**20
     assert (
-        heads_at_once(torch.empty(1, 1, 2048, 512, dtype=torch.bfloat16, device="meta"), 64, 192, 256) == 64
+        heads_at_once(torch.empty(1, 1, 1024, 512, dtype=torch.bfloat16, device="meta"), 64, 192, 256) == 64
     )
 
 
@@ -143,6 +143,13 @@ def test_paths_can_be_forced_and_cross_in_one_place():
     assert choose_path("auto", 4096, 4096) == choose_path("auto", 4096, 10**6) == "expand"
     with pytest.raises(ValueError, match=r'mla_path .* is "fast"; it is one of auto, expand, absorb'):
         small_config().mla_path = "fast"
+
+
+def test_a_kernel_asked_for_by_name_says_why_not():
+    with pytest.raises(
+        ValueError, match=r"'absorb-triton' is unavailable: (triton cannot|the cache is on cpu)"
+    ):
+        run(mla("absorb-triton"), torch.randn(1, 2, 64), causal(2, 2))
 
 
 def test_the_environment_and_keywords_choose_a_path(monkeypatch):

@@ -221,6 +221,10 @@ def test_backends_are_chosen_in_one_place_and_say_why_not(monkeypatch):
         choose_backend("cpu", x.float(), gate)
     if kimi_cpu.why_unavailable() is None:
         assert choose_backend("auto", x, gate) is choose_backend("cpu", x, gate) is run_experts_cpu
+    with pytest.raises(
+        ValueError, match=r"'triton' is unavailable: (triton cannot be imported|the weights are on cpu)"
+    ):
+        choose_backend("triton", x, gate)
     monkeypatch.setattr(kimi_moe, "why_unavailable", lambda: "no C compiler (cc, gcc or clang) was found")
     assert choose_backend("auto", x, gate) is run_experts
     with pytest.raises(ValueError, match="'cpu' is unavailable: no C compiler"):

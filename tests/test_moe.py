@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import assert_close, small_config
+from kimi import kimi_moe
 from kimi.kimi_int4 import dequantize_int4, quantize_int4
 from kimi.kimi_moe import ExpertMatrices, Experts, MoE, Router, route, run_experts, run_experts_gathered
 
@@ -184,6 +185,20 @@ def test_order_of_experts_and_of_choices_does_not_matter():
     out, flipped = experts(x, ids, weights), experts(x, ids.flip(1), weights.flip(1))
     assert_close(out, flipped, 1e-6, "the same terms, summed by expert")
     assert experts(x, ids, weights).equal(out), "run to run"
+
+
+def test_long_prompts_go_by_rows_and_give_the_same(monkeypatch):
+    moe, x = filled(MoE(moe_config())), torch.randn(2, 33, 64)
+    with torch.no_grad():
+        want = moe(x)
+        monkeypatch.setattr(kimi_moe, "ROWS_AT_ONCE", 5)
+        seen = []
+        moe.gate.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
+        assert_close(moe(x), want, 1e-5, "smaller products")
+        assert max(seen) == 20 and sum(seen) == 66
+    seen.clear()
+    moe(x.requires_grad_())
+    assert seen == [66], "with gradients in one go"
 
 
 def test_gradients_flow_through_frozen_packed_experts():
