@@ -285,16 +285,20 @@ class MLA(nn.Module):
         up_k, up_v = up.split((self.nope_dim, self.v_dim), dim=1)
         q_latent = torch.einsum("bhtd,hdc->bhtc", q_nope, up_k)
         attend = pick_latent_attention(self.config.mla_path, q_latent, self.wants_weights())
-        parts = []
+        outputs, kept = [], []
         step = queries_at_once(q_latent, latent.shape[2])
         for start in range(0, q_latent.shape[2], step):
             rows = slice(start, start + step)
             mask_rows = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-            parts.append(
-                attend(q_latent[:, :, rows], q_pe[:, :, rows], latent, k_pe, mask_rows, self.scaling)
+            output, weights = attend(
+                q_latent[:, :, rows], q_pe[:, :, rows], latent, k_pe, mask_rows, self.scaling
             )
-        output = torch.cat([part for part, _ in parts], dim=2)  # (B, h, T, c)
-        weights = torch.cat([scores for _, scores in parts], dim=2) if self.wants_weights() else None
+            outputs.append(output)  # (B, h, step, c)
+            if self.wants_weights():  # otherwise they are what the workspace bounds
+                kept.append(weights)
+            del weights
+        output = torch.cat(outputs, dim=2)  # (B, h, T, c)
+        weights = torch.cat(kept, dim=2) if kept else None
         return torch.einsum("bhtc,hvc->bthv", output, up_v), weights
 
     def expand(

@@ -53,11 +53,13 @@ def unpack_then_bmm(x, ids, weights, gate, up, down):
 
 def unpack_then_grouped(x, ids, weights, gate, up, down):
     """Dequantise every expert, then torch's grouped matrix product over rows sorted by expert."""
+    if not x.is_cuda:
+        raise Unavailable("is measured on a GPU only")
     if not hasattr(torch, "_grouped_mm"):
         raise Unavailable("this torch has no grouped_mm")
     experts, inner, words = gate.weight.shape
     need = 3 * experts * inner * words * 8 * x.element_size()
-    if x.is_cuda and need > torch.cuda.mem_get_info()[0] * 0.8:
+    if need > torch.cuda.mem_get_info()[0] * 0.8:
         raise Unavailable(f"{need / 1e9:.0f} GB of dense experts do not fit")
     if x.dtype != torch.bfloat16:
         raise Unavailable("grouped_mm is for bf16")

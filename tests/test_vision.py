@@ -185,12 +185,20 @@ def test_rope_alternates_column_and_row_from_the_golden_frequencies():
     assert angles[:48].equal(angles[48:]), "frames do not rotate"
 
 
-def test_rotation_multiplies_adjacent_pairs_as_complex_numbers():
-    x, angles = torch.randn(5, 2, 3, 8), torch.rand(5, 1, 1, 4)
-    expected = torch.view_as_real(
-        torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.exp(1j * angles)
-    ).flatten(-2)
-    assert_close(rotate_pairs(x, angles.cos(), angles.sin()), expected, "rotated", 1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_turns_adjacent_pairs_in_float32(dtype):
+    x, angles = torch.randn(5, 2, 3, 8).to(dtype), torch.rand(5, 1, 1, 4)
+    even, odd, cos, sin = (
+        x[..., ::2].double(),
+        x[..., 1::2].double(),
+        angles.double().cos(),
+        angles.double().sin(),
+    )
+    expected = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    rotated = rotate_pairs(x, torch.polar(torch.ones_like(angles), angles))
+    assert rotated.dtype == dtype
+    # In bfloat16 only the result is rounded: half a step of 2^-8, of values up to 4.
+    assert_close(rotated, expected, "rotated", 1e-6 if dtype == torch.float32 else 4 * 2**-9)
 
 
 def test_frame_embedding_is_all_sines_then_all_cosines():

@@ -1,0 +1,282 @@
+"""Which device holds what: an exact search over all ways to cut the chain of layers.
+
+A device takes consecutive layers, whole, and any of three modules outside the chain (embeddings, vision, head). The
+search keeps as many layers' experts on accelerators as can be; among those ways it fills the devices most evenly. What
+is left of the experts goes to RAM, and then stays on disk. Being exact, it refuses a machine only if nothing fits, and
+more memory never makes a plan fail.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from .configuration_kimi import KimiK25Config
+from .kimi_cache import MIN_ROOM, ROOM_SHARE
+from .kimi_machine import (
+    CUDA_CONTEXT_BYTES,
+    FRAGMENTATION_SHARE,
+    HOST_RESERVE_BYTES,
+    HOST_RESERVE_SHARE,
+    Gpu,
+    Machine,
+)
+from .kimi_sizes import (
+    DTYPES,
+    cache_bytes_per_token,
+    expert_bytes,
+    text_workspace_bytes,
+    vision_workspace_bytes,
+    weight_bytes,
+)
+
+# A prompt is read in pieces, since the mask and the activations of 262,144 tokens at once would need tens of GB.
+PREFILL_CHUNKS = (8192, 4096, 2048, 1024, 512, 256)  # new tokens in one forward pass; the largest that fits
+# A pool over files on disk must hold the experts of a token in this many layers: those in use, and those read ahead.
+POOL_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run: the model, and cache for `batch` sequences of `context` tokens, prompt and answer together."""
+
+    config: KimiK25Config
+    context: int
+    batch: int
+    dtype: str
+
+    @cached_property
+    def size(self) -> int:
+        return DTYPES[self.dtype]
+
+    @cached_property
+    def modules(self) -> dict[str, dict[str, int]]:
+        return weight_bytes(self.config, self.dtype)
+
+    @cached_property
+    def weights(self) -> int:
+        return sum(sum(kinds.values()) for kinds in self.modules.values())
+
+    @cached_property
+    def layers(self) -> list[dict[str, int]]:
+        return [kinds for path, kinds in self.modules.items() if ".layers." in path]
+
+    @cached_property
+    def checkpoint_bytes(self) -> int:
+        return sum(sum(kinds.values()) for kinds in weight_bytes(self.config).values())
+
+    @cached_property
+    def layer_cache(self) -> tuple[int, int]:
+        """Bytes of one layer's cache when it is full, and of the spare room behind it (see kimi_cache.py)."""
+        token = self.batch * cache_bytes_per_token(self.config.text_config, self.size)
+        return token * self.context, token * max(MIN_ROOM, self.context // ROOM_SHARE)
+
+    @cached_property
+    def experts(self) -> int:
+        """Bytes of one layer's routed experts."""
+        return self.config.text_config.n_routed_experts * expert_bytes(self.config.text_config, self.size)
+
+    @cached_property
+    def min_pool(self) -> int:
+        """Bytes of RAM without which experts cannot be read from disk."""
+        text = self.config.text_config
+        return POOL_STEPS * text.num_experts_per_tok * expert_bytes(text, self.size)
+
+    def workspace(self, chunk: int) -> int:
+        return text_workspace_bytes(self.config, self.context, self.batch, chunk, self.size)
+
+    def chunks(self) -> list[int]:
+        """Sizes of a prefill step worth trying, descending; a short context needs none larger than itself."""
+        return sorted({min(chunk, self.context) for chunk in PREFILL_CHUNKS}, reverse=True)
+
+
+SPECIALS = ("embed", "vision", "head")  # modules outside the chain of layers, bits 0, 1, 2 of a mask
+# What goes to RAM if the accelerators are too small for the spine, least first.
+OUTSIDES: tuple[tuple[str, ...], ...] = ((), ("vision",), ("embed", "vision"))
+PATHS = {
+    "embed": ("language_model.model.embed_tokens", "language_model.model.rotary_emb"),
+    "vision": ("vision_tower", "mm_projector"),
+    "head": ("language_model.model.norm", "language_model.lm_head"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one device gets: layers [begin, end), the experts of the first `with_experts` MoE ones, some specials."""
+
+    begin: int
+    end: int
+    with_experts: int
+    specials: tuple[str, ...]
+
+
+def _special_bytes(job: Job, chunk: int, outside: Sequence[str]) -> list[int]:
+    """Bytes of each special; 0 for those kept `outside` of the accelerators."""
+    sizes = []
+    for name in SPECIALS:
+        size = sum(sum(job.modules.get(path, {}).values()) for path in PATHS[name])
+        if name == "vision":
+            size += max(0, vision_workspace_bytes(job.config) - job.workspace(chunk))
+        sizes.append(0 if name in outside else size)
+    return sizes
+
+
+def _place(job: Job, budgets: Sequence[float], chunk: int, outside: Sequence[str] = ()) -> list[Run] | None:
+    """Runs of layers for devices with so many bytes for weights and cache, or None if not even the spine fits.
+
+    Dynamic programming over devices in order. State: layers placed so far, and which specials. Value: layers whose
+    experts are on a device, first; then evenness, as minus the sum of squared fills; then specials at their ends.
+    """
+    count = len(job.layers)
+    specials = _special_bytes(job, chunk, outside)
+    best = np.full((8, count + 1), -np.inf)
+    best[0, 0] = 0.0
+    came_from: list[np.ndarray] = []  # per device: (8, count + 1, 2) of previous mask and previous layer
+    for device, budget in enumerate(budgets):
+        gains = _gains(chain(job), float(budget), tuple(specials))
+        new, came = np.full_like(best, -np.inf), np.zeros((8, count + 1, 2), dtype=int)
+        for taken in range(8):
+            masks = np.array([mask for mask in range(8) if mask & taken == taken])
+            score = best[masks & ~taken][:, :, None] + gains[taken] - _detour(taken, device, len(budgets))
+            rows = score.argmax(axis=1)  # (masks, to): where the device's run begins
+            value = np.take_along_axis(score, rows[:, None], axis=1)[:, 0]
+            better = value > new[masks]
+            new[masks] = np.where(better, value, new[masks])
+            steps = np.stack((np.broadcast_to((masks & ~taken)[:, None], rows.shape), rows), axis=-1)
+            came[masks] = np.where(better[..., None], steps, came[masks])
+        best = new
+        came_from.append(came)
+    if best[7, count] == -np.inf:
+        return None
+    return _trace(job, budgets, specials, came_from)
+
+
+WORTH_OF_EXPERTS = 1e4  # more than any sum of squared fills and detours
+
+
+@lru_cache(maxsize=64)  # the GPUs of a node are alike
+def _gains(job_chain: tuple, budget: float, specials: tuple[int, ...]) -> np.ndarray:
+    """(8, count + 1, count + 1): what it is worth that a device takes a mask of specials and layers [from, to)."""
+    spine, moe, experts = job_chain
+    spines, moes = np.concatenate(([0.0], np.cumsum(spine))), np.concatenate(([0], np.cumsum(moe)))
+    gains = np.full((8, len(spines), len(spines)), -np.inf)
+    for taken in range(8):
+        base = sum(size for bit, size in enumerate(specials) if taken >> bit & 1)
+        load = spines[None, :] - spines[:, None] + base  # (from, to)
+        has, free = moes[None, :] - moes[:, None], budget - load
+        held = np.minimum(has, np.floor(np.maximum(free, 0) / experts)) if experts else has
+        fill = (load + held * experts) / max(budget, 1.0)
+        fits = (has >= 0) & (load >= 0) & (free >= 0) & (spines[None, :] >= spines[:, None])
+        gains[taken] = np.where(fits, WORTH_OF_EXPERTS * held - fill**2, -np.inf)
+    np.fill_diagonal(gains[0], 0.0)  # a device may stay empty, whatever its size
+    return gains
+
+
+def chain(job: Job) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Bytes of each layer without experts but with cache; which layers are MoE; bytes of a layer's experts."""
+    spine = tuple(
+        sum(size for kind, size in layer.items() if kind != "routed_experts") + sum(job.layer_cache)
+        for layer in job.layers
+    )
+    return spine, tuple(int("routed_experts" in layer) for layer in job.layers), job.experts
+
+
+def _detour(taken: int, device: int, count: int) -> float:
+    """The cost of specials away from their end of the chain: embeddings and vision first, the head last. A device of
+    distance outweighs what evenness there is to win, so they move only where they do not fit.
+    """
+    distances = (device, device, count - 1 - device)
+    return 0.1 * sum(distance for bit, distance in enumerate(distances) if taken >> bit & 1)
+
+
+def _trace(job: Job, budgets: Sequence[float], specials: list[int], came_from: list[np.ndarray]) -> list[Run]:
+    spine, moe, experts = chain(job)
+    mask, end, runs = 7, len(spine), []
+    for device in reversed(range(len(budgets))):
+        before, begin = (int(value) for value in came_from[device][mask, end])
+        taken = mask & ~before
+        names = tuple(name for bit, name in enumerate(SPECIALS) if taken >> bit & 1)
+        load = sum(spine[begin:end]) + sum(size for bit, size in enumerate(specials) if taken >> bit & 1)
+        held = min(sum(moe[begin:end]), int((budgets[device] - load) // experts)) if end > begin else 0
+        runs.append(Run(begin, end, held, names))
+        mask, end = before, begin
+    return runs[::-1]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A way to hold the model: a run per GPU (or one for the CPU), specials in RAM, and layers' experts in RAM."""
+
+    runs: tuple[Run, ...]
+    outside: tuple[str, ...]
+    chunk: int
+    pool_bytes: int  # RAM for experts of layers that have none on a device
+    ram_layers: int  # of those layers, how many the pool holds whole; the others' experts stay on disk
+    disk_layers: int
+
+
+def gpu_budget(gpu: Gpu, job: Job, chunk: int) -> int:
+    """Bytes left for weights and cache."""
+    reserve = CUDA_CONTEXT_BYTES + int(gpu.total_bytes * FRAGMENTATION_SHARE)
+    return gpu.total_bytes - reserve - job.workspace(chunk)
+
+
+def ram_budget(machine: Machine) -> int:
+    return max(0, machine.ram_bytes - HOST_RESERVE_BYTES - int(machine.ram_bytes * HOST_RESERVE_SHARE))
+
+
+def find_placement(machine: Machine, job: Job) -> Placement | None:
+    """The best placement, or None. The prefill step grows as long as that moves no experts off the accelerators.
+
+    Embeddings and vision tower go to RAM only if the spine does not fit the accelerators otherwise: a token reads one
+    row of the table, and an image passes the tower once.
+    """
+    chunks = job.chunks()
+    for outside in OUTSIDES if machine.gpus else OUTSIDES[:1]:
+        least = attempt(machine, job, chunks[-1], outside)
+        if least is None:
+            continue
+        for chunk in chunks[:-1]:
+            larger = attempt(machine, job, chunk, outside)
+            if larger and (larger.ram_layers, larger.disk_layers) == (least.ram_layers, least.disk_layers):
+                return larger
+        return least
+    return None
+
+
+def attempt(machine: Machine, job: Job, chunk: int, outside: tuple[str, ...]) -> Placement | None:
+    """The best placement with this prefill step and these modules in RAM, or None."""
+    ram = ram_budget(machine)
+    if machine.gpus:
+        budgets = [gpu_budget(gpu, job, chunk) for gpu in machine.gpus]
+        ram -= sum(sum(job.modules.get(p, {}).values()) for name in outside for p in PATHS[name])
+    else:
+        budgets = [ram - job.workspace(chunk)]
+    has_files = machine.disk_bytes >= job.checkpoint_bytes
+    homeless = 0 if has_files else sum(chain(job)[1]) * job.experts - (ram if machine.gpus else 0)
+    if ram < 0 or sum(budget for budget in budgets if budget > 0) < _least(job, outside) + max(0, homeless):
+        return None  # the common case of a refusal, found without a search
+    runs = _place(job, budgets, chunk, outside)
+    if runs is None:
+        return None
+    left = sum(chain(job)[1]) - sum(run.with_experts for run in runs)
+    if not machine.gpus:  # the pool is what the spine leaves of the RAM
+        pool = int(budgets[0]) - sum(chain(job)[0]) - sum(_special_bytes(job, chunk, ()))
+        in_ram = 0
+    else:
+        pool, in_ram = min(ram, left * job.experts), min(left, ram // job.experts)
+    on_disk = left - in_ram
+    if on_disk and (not has_files or pool < job.min_pool):
+        return None
+    return Placement(tuple(runs), outside, chunk, pool if left else 0, in_ram, on_disk)
+
+
+def _least(job: Job, outside: Sequence[str]) -> int:
+    """Bytes that must lie on accelerators in any case."""
+    return sum(chain(job)[0]) + sum(
+        sum(job.modules.get(path, {}).values())
+        for name in SPECIALS
+        if name not in outside
+        for path in PATHS[name]
+    )
