@@ -427,6 +427,26 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             kwargs["has_default_max_length"] = True
         return super()._prepare_generated_length(**kwargs)
 
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """For beams and several answers each row is repeated, and with it the media of that row, as whole items."""
+        media = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "grid_thws")}
+        ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        if expand_size > 1 and input_ids is not None and media["grid_thws"] is not None:
+            places = (input_ids == self.config.media_placeholder_token_id).sum(-1).tolist()
+            media = _repeat_media(**media, places=places, times=expand_size)
+        return ids, {**model_kwargs, **{name: tensor for name, tensor in media.items() if tensor is not None}}
+
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> dict:
@@ -436,6 +456,26 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             model_kwargs.pop("pixel_values", None)
             model_kwargs.pop("grid_thws", None)
         return model_kwargs
+
+
+def _repeat_media(
+    pixel_values: torch.Tensor, grid_thws: torch.Tensor, places: list[int], times: int
+) -> dict[str, torch.Tensor]:
+    """The items of each row `times` times, row by row; `places` counts the placeholders of the rows."""
+    items = pixel_values.split(grid_thws.prod(-1).tolist())
+    tokens = (grid_thws[:, 1] * grid_thws[:, 2] // 4).tolist()
+    order, start = [], 0
+    for row, count in enumerate(places):
+        end = start
+        while end < len(items) and sum(tokens[start : end + 1]) <= count:
+            end += 1
+        if sum(tokens[start:end]) != count:
+            raise ValueError(
+                f"row {row} has {count} <|media_pad|> tokens, which its items {tokens[start:]} do not fill."
+            )
+        order += list(range(start, end)) * times
+        start = end
+    return {"pixel_values": torch.cat([items[i] for i in order]), "grid_thws": grid_thws[order]}
 
 
 def _position_ids(attention_mask: torch.Tensor | None, cache_position: torch.Tensor) -> torch.Tensor:

@@ -197,6 +197,33 @@ def test_a_left_padded_batch_with_an_image_equals_each_row_alone():
     assert not other.equal(image), "the picture matters"
 
 
+@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_beams_and_several_answers_see_the_pictures_of_their_row(mode):
+    """transformers alone would repeat rows of patches, and mix the pictures up without a word."""
+    config = small_config(packed=False)
+    torch.manual_seed(0)
+    model = Kimi(config).eval()
+    media = config.media_placeholder_token_id
+    rows = torch.tensor([[5, *[media] * 6, 7, 8, 9], [4, *[media] * 2, 3, *[media] * 4, 6, 2]])
+    grids = torch.tensor([[1, 4, 6], [1, 2, 4], [2, 4, 4]])
+    pixels = torch.randn(24 + 8 + 32, 3, 14, 14) * 3
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **mode}
+    both = model.generate(
+        rows, attention_mask=torch.ones_like(rows), pixel_values=pixels, grid_thws=grids, **settings
+    )
+    one = torch.ones(1, 10, dtype=torch.long)
+    first = model.generate(
+        rows[:1], attention_mask=one, pixel_values=pixels[:24], grid_thws=grids[:1], **settings
+    )
+    second = model.generate(
+        rows[1:], attention_mask=one, pixel_values=pixels[24:], grid_thws=grids[1:], **settings
+    )
+    assert both.equal(torch.cat((first, second)))
+    with pytest.raises(ValueError, match=r"row 1 has 6 <\|media_pad\|> tokens"):
+        mask = torch.ones_like(rows)
+        model.generate(rows, attention_mask=mask, pixel_values=pixels[:32], grid_thws=grids[:2], **settings)
+
+
 def test_a_nan_is_traced_to_the_layer_that_made_it():
     model = golden_model("sdpa")
     with torch.no_grad():
