@@ -19,7 +19,7 @@ test-next: .venv-next/ready-dev
 	.venv-next/bin/python -m pytest $(ARGS)
 
 test-kernels: .venv-kernels/ready
-	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest tests/test_int4_triton.py tests/test_attention_triton.py $(ARGS)
+	.venv-kernels/bin/python -m pytest tests/test_int4_triton.py tests/test_attention_triton.py $(ARGS)
 
 lint: .venv/ready-dev
 	.venv/bin/ruff check .
@@ -43,4 +43,6 @@ lint: .venv/ready-dev
 .venv-kernels/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv-kernels
 	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt triton==3.6.0
+	# The interpreter of triton 3.6 needs an older numpy than the one pinned.
+	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check "numpy==2.3.5; python_version >= '3.11'"
 	touch $@

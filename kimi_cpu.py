@@ -441,7 +441,9 @@ def library() -> ctypes.CDLL:
     if platform.system() == "Windows" or compiler is None:
         raise Unavailable("no C compiler (cc, gcc or clang) was found")
     runtime = openmp_runtime()
-    flags = ["-O3", "-march=native", "-ffast-math", "-shared", "-fPIC"]
+    # Sums may be reordered. Not -ffast-math: a library linked with it makes the whole process flush subnormals to zero.
+    reorder = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+    flags = ["-O3", "-march=native", *reorder, "-shared", "-fPIC"]
     key = "\0".join([SOURCE, compiler, *flags, str(runtime), torch.__version__, cpu_features()])
     target = cache_folder() / f"kimi_cpu_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not target.is_file():

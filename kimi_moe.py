@@ -255,7 +255,8 @@ def choose_backend(requested: str, x: torch.Tensor, gate: ExpertMatrices) -> Cal
         if why_not is None:
             return run_experts_cpu
     if requested == "triton" or (requested == "auto" and device == "cuda"):
-        why_not = why_not_triton(x.device)
+        recorded = torch.is_grad_enabled() and x.requires_grad
+        why_not = "it computes no gradients" if recorded else why_not_triton(x.device)
         if why_not is None:
             return run_experts_triton
     if requested != "auto":

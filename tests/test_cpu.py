@@ -259,6 +259,8 @@ IN_A_FRESH_PROCESS = """
 import sys, torch
 from kimi import kimi_cpu
 print(kimi_cpu.why_unavailable())
+tiny = 2.0**-1060
+assert tiny / 2 > 0, "loading the library made the process flush subnormals to zero"
 if kimi_cpu.why_unavailable() is None:
     print(kimi_cpu.linear_bf16(torch.ones(1, 64).bfloat16(), torch.ones(2, 64).bfloat16()).tolist())
 """
