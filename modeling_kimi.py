@@ -33,6 +33,7 @@ from .kimi_cache import new_cache, with_latent_layers
 from .kimi_checkpoint import load_checkpoint, loading_result, save_checkpoint
 from .kimi_linear import Linear
 from .kimi_moe import MLP, Experts, MoE, Router
+from .kimi_prompt_media import PromptMedia, check_counts, read_prompt_media
 from .kimi_vision import MoonViT, PatchMergerProjector, PositionEmbedding
 
 if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point names itself
@@ -383,20 +384,13 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             raise ValueError("pixel_values need grid_thws, (N, 3) frames, rows and columns of each item.")
         items = self.get_image_features(pixel_values, grid_thws)
         places = input_ids == self.config.media_placeholder_token_id  # (B, T)
-        num_places, num_tokens = int(places.sum()), sum(len(item) for item in items)
-        if num_places != num_tokens:
-            hint = "; let the processor expand each placeholder (expand_media=True)" * (
-                num_places == len(items)
-            )
-            raise ValueError(
-                f"found {num_places} <|media_pad|> tokens but the media make {num_tokens} vision tokens (grids"
-                f" {grid_thws.tolist()}){hint}."
-            )
+        check_counts(places, [len(item) for item in items], grid_thws.tolist())
         features = torch.cat(items).to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(places.unsqueeze(-1), features)
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """GenerationMixin.generate; refuses unknown token ids and prompts beyond the context before any work."""
+        """GenerationMixin.generate; refuses unknown token ids, prompts beyond the context and media that do not fit
+        the placeholders before any work."""
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         if prompt is not None:
             _check_ids(prompt, self.config.text_config.vocab_size, even_on_gpu=True)
@@ -407,7 +401,58 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
                 "Greedy decoding: a model that thinks may go round in circles with it. The advice is to sample with"
                 " temperature 1.0 and top_p 0.95, as generation_config.json does."
             )
+        if not getattr(settings, "is_assistant", False):  # which is given the prompt_media of its main model
+            media = self._take_media(prompt, kwargs)
+            kwargs.update({"prompt_media": media} if media else {})
         return super().generate(inputs, *args, **kwargs)
+
+    def _take_media(self, prompt: torch.Tensor | None, kwargs: dict[str, Any]) -> PromptMedia | None:
+        """Takes pixel_values and grid_thws out of the keywords of generate()."""
+        pixel_values, grid_thws = kwargs.pop("pixel_values", None), kwargs.pop("grid_thws", None)
+        if prompt is None or kwargs.get("inputs_embeds") is not None:
+            if pixel_values is None:
+                return None
+            raise ValueError(
+                "pixel_values need input_ids, whose <|media_pad|> tokens say where the features go, and no inputs_embeds."
+            )
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        return read_prompt_media(
+            prompt == self.config.media_placeholder_token_id,
+            pixel_values,
+            grid_thws,
+            num_cached=int(cache.get_seq_length()) if cache is not None else 0,
+            # A mask that is longer than the ids covers cached tokens that are not given again.
+            first_column=max(mask.shape[1] - prompt.shape[1], 0)
+            if mask is not None and mask.ndim == 2
+            else 0,
+            max_frames=self.config.vision_config.init_pos_emb_time,
+            merge=self.config.vision_config.merge_kernel_size,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Any,
+        *args: Any,
+        inputs_embeds: Any = None,
+        prompt_media: PromptMedia | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """GenerationMixin's, with embeddings instead of ids where features take the places of `<|media_pad|>`."""
+        positions, columns = kwargs.get("position_ids"), kwargs.get("cache_position")
+        # 4.57's prefill in chunks hands out columns of the cache as positions, padding included; its decoding does not.
+        if positions is not None and columns is not None and positions.data_ptr() == columns.data_ptr():
+            del kwargs["position_ids"]
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        if prompt_media is not None and ids is not None:
+            start = int(cache.get_seq_length()) if cache is not None else 0
+            if prompt_media.reach(start, ids.shape[1]):
+                embeds = self.get_input_embeddings()(ids)
+                inputs["inputs_embeds"] = prompt_media.insert(embeds, start, self.get_image_features)
+                inputs["input_ids"] = None
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
@@ -427,55 +472,14 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             kwargs["has_default_max_length"] = True
         return super()._prepare_generated_length(**kwargs)
 
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """For beams and several answers each row is repeated, and with it the media of that row, as whole items."""
-        media = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "grid_thws")}
-        ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size,
-            is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,
-            **model_kwargs,
-        )
-        if expand_size > 1 and input_ids is not None and media["grid_thws"] is not None:
-            places = (input_ids == self.config.media_placeholder_token_id).sum(-1).tolist()
-            media = _repeat_media(**media, places=places, times=expand_size)
-        return ids, {**model_kwargs, **{name: tensor for name, tensor in media.items() if tensor is not None}}
-
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> dict:
-        """Pixels are read once, in the prefill; with a cache the features live on in it."""
+        """Media are inserted once, in the prefill; with a cache their features live on in it."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if model_kwargs.get("use_cache", True):
-            model_kwargs.pop("pixel_values", None)
-            model_kwargs.pop("grid_thws", None)
+            model_kwargs.pop("prompt_media", None)
         return model_kwargs
-
-
-def _repeat_media(
-    pixel_values: torch.Tensor, grid_thws: torch.Tensor, places: list[int], times: int
-) -> dict[str, torch.Tensor]:
-    """The items of each row `times` times, row by row; `places` counts the placeholders of the rows."""
-    items = pixel_values.split(grid_thws.prod(-1).tolist())
-    tokens = (grid_thws[:, 1] * grid_thws[:, 2] // 4).tolist()
-    order, start = [], 0
-    for row, count in enumerate(places):
-        end = start
-        while end < len(items) and sum(tokens[start : end + 1]) <= count:
-            end += 1
-        if sum(tokens[start:end]) != count:
-            raise ValueError(
-                f"row {row} has {count} <|media_pad|> tokens, which its items {tokens[start:]} do not fill."
-            )
-        order += list(range(start, end)) * times
-        start = end
-    return {"pixel_values": torch.cat([items[i] for i in order]), "grid_thws": grid_thws[order]}
 
 
 def _position_ids(attention_mask: torch.Tensor | None, cache_position: torch.Tensor) -> torch.Tensor:

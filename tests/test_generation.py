@@ -219,7 +219,7 @@ def test_beams_and_several_answers_see_the_pictures_of_their_row(mode):
         rows[1:], attention_mask=one, pixel_values=pixels[24:], grid_thws=grids[1:], **settings
     )
     assert both.equal(torch.cat((first, second)))
-    with pytest.raises(ValueError, match=r"row 1 has 6 <\|media_pad\|> tokens"):
+    with pytest.raises(ValueError, match=r"found 12 <\|media_pad\|> tokens but the media make 8"):
         mask = torch.ones_like(rows)
         model.generate(rows, attention_mask=mask, pixel_values=pixels[:32], grid_thws=grids[:2], **settings)
 
