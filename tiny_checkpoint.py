@@ -11,6 +11,7 @@ one shard. Weights are random: such a model is exact to test with and says nothi
 """
 
 import json
+import os
 import shutil
 import zlib
 from math import prod
@@ -23,7 +24,7 @@ from .configuration_kimi import KimiK25Config
 from .kimi_checkpoint import Slot, model_slots, write_shards
 from .kimi_moe import Experts
 from .modeling_kimi import KimiK25ForConditionalGeneration
-from .tiny_vocabulary import write_tiny_tiktoken
+from .tiny_vocabulary import SAMPLE, write_tiny_tiktoken
 
 ROOT = Path(__file__).resolve().parent
 PUBLISHED_BASE = 163584  # BPE ranks of the published vocabulary; the 256 reserved ids follow
@@ -72,18 +73,32 @@ def write_tiny_checkpoint(
     return partial.rename(folder)
 
 
-def write_tokenizer(folder: Path, num_merges: int = 600) -> int:
-    """A vocabulary with its `tokenizer_config.json`, the template and all code; returns the first reserved id."""
+def write_tokenizer(folder: Path, num_merges: int = 600, text: str = SAMPLE, copy_code: bool = True) -> int:
+    """A vocabulary trained on `text` with its `tokenizer_config.json`, the template and all code; returns the first
+    reserved id."""
     folder.mkdir(parents=True, exist_ok=True)
-    base = write_tiny_tiktoken(folder / "tiktoken.model", num_merges=num_merges)
+    base = write_tiny_tiktoken(folder / "tiktoken.model", num_merges=num_merges, text=text)
     config = json.loads((ROOT / "tokenizer_config.json").read_text())
     tokens = config["added_tokens_decoder"].items()
     config["added_tokens_decoder"] = {str(int(i) + base - PUBLISHED_BASE): token for i, token in tokens}
     write_json(folder / "tokenizer_config.json", config)
-    for pattern in ("*_kimi.py", "kimi_*.py", "chat_template.jinja", "preprocessor_config.json"):
-        for path in sorted(ROOT.glob(pattern)):
-            shutil.copy(path, folder)
+    for path in files_beside_weights() if copy_code else ():
+        shutil.copy(path, folder)
     return base
+
+
+def files_beside_weights() -> list[Path]:
+    """What every checkpoint has as it lies here: the code, the template and the settings of the image processor."""
+    patterns = ("*_kimi.py", "kimi_*.py", "chat_template.jinja", "preprocessor_config.json")
+    return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def link_code(folder: Path) -> None:
+    """Relative links instead of copies, for a checkpoint that is kept inside this repository."""
+    for path in files_beside_weights():
+        link = folder / path.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(path, folder))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,134 @@
+"""kimi-tiny: its sizes, its vocabulary, int4 experts while they are trained, and the folder it is published in."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import AutoProcessor
+
+from kimi.configuration_kimi import KimiK25Config
+from kimi.kimi_int4 import GROUP_SIZE, quantize_int4
+from kimi.kimi_moe import Experts
+from kimi.kimi_tools import render_tool_declaration
+from kimi.modeling_kimi import KimiK25ForConditionalGeneration
+from kimi.tiny_checkpoint import ROOT, link_code, write_model_configs, write_tokenizer
+
+from .tasks import TASKS, draw_sample
+
+TEXT = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 96,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 1.0,
+}
+VISION = {
+    "vt_hidden_size": 128,
+    "vt_num_hidden_layers": 3,
+    "vt_num_attention_heads": 4,
+    "vt_intermediate_size": 256,
+    "init_pos_emb_height": 8,
+    "init_pos_emb_width": 8,
+}
+LARGEST_CODE = 7
+
+
+def sample_text(num_samples: int = 12_000, seed: int = 0) -> str:
+    """What the samples say, without their digits: a digit stays one token, so that numbers are compared by place."""
+    rng = random.Random(seed)
+    texts: list[str] = []
+    for index in range(num_samples):
+        sample = draw_sample(list(TASKS)[index % len(TASKS)], rng)
+        texts.append(render_tool_declaration(sample.tools) if sample.tools else "")
+        for message in sample.messages:
+            content = message["content"]
+            parts = [part.get("text", "") for part in content] if isinstance(content, list) else [content]
+            texts += [message["role"], message.get("reasoning_content", ""), *parts]
+            texts.append(json.dumps(message.get("tool_calls", "")))
+    texts += ["tool_declare ## Return of", (ROOT / "README.md").read_text(encoding="utf-8")]
+    return re.sub(r"\d", "", "\n".join(texts))
+
+
+def write_untrained(folder: Path) -> Path:
+    """Everything but the weights: configs, vocabulary, template, and links to the code."""
+    base = write_tokenizer(folder, num_merges=2000, text=sample_text(), copy_code=False)
+    write_model_configs(folder, base, TEXT, VISION)
+    link_code(folder)
+    return folder
+
+
+def load_processor(folder: Path) -> Any:
+    return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+class FakeInt4(nn.Module):
+    """Weights as int4 will have them, gradients as if they had not been rounded (straight-through).
+
+    absmax / 7 in each group of 32 inputs, as `quantize_int4`, with the scale rounded to bfloat16.
+    """
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            groups = weight.unflatten(-1, (-1, GROUP_SIZE))
+            scale = (groups.abs().amax(-1, keepdim=True).clamp(min=1e-6) / LARGEST_CODE).bfloat16().float()
+            rounded = ((groups / scale).round().clamp(-LARGEST_CODE, LARGEST_CODE) * scale).flatten(-2)
+        return weight + (rounded - weight).detach()
+
+
+def build_for_training(folder: Path) -> KimiK25ForConditionalGeneration:
+    """The model with float32 weights, whose experts compute with int4 values."""
+    settings = json.loads((folder / "config.json").read_text())
+    settings["text_config"].pop("quantization_config")
+    config = KimiK25Config(**settings, attn_implementation="sdpa")
+    model = KimiK25ForConditionalGeneration(config).float()
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
+        for name in list(experts._parameters):
+            parametrize.register_parametrization(experts, name, FakeInt4())
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------- exporting
+
+
+def export(model: KimiK25ForConditionalGeneration, folder: Path) -> None:
+    """Writes the weights of a model built by `build_for_training` in the published layout: bf16, and int4 experts."""
+    settings = json.loads((folder / "config.json").read_text())
+    published = KimiK25ForConditionalGeneration(KimiK25Config(**settings)).bfloat16()
+    trained = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in published.named_parameters():
+            if name.endswith(("weight_packed", "weight_scale", "weight_shape")):
+                continue
+            parameter.copy_(trained[name])
+        for name, experts in published.named_modules():
+            if isinstance(experts, Experts):
+                for projection in experts.shapes:
+                    weight = trained[f"{name}.parametrizations.{projection}_weight.original"]
+                    words, scale = quantize_int4(weight, LARGEST_CODE)
+                    getattr(experts, f"{projection}_weight_packed").copy_(words)
+                    getattr(experts, f"{projection}_weight_scale").copy_(scale)
+    partial = folder / "weights.part"
+    published.save_pretrained(partial, max_shard_size="4MB")
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    for path in partial.glob("model*.safetensors*"):
+        path.rename(folder / path.name)
+    shutil.rmtree(partial)
