@@ -10,6 +10,7 @@
 A sample is a list of messages as a user of the tokenizer would write them. The assistant always thinks first.
 """
 
+import contextlib
 import json
 import random
 import re
@@ -465,9 +466,7 @@ def calls_of(message: dict[str, Any]) -> list[tuple[str, str, Any]]:
     calls = []
     for call in message.get("tool_calls") or []:
         arguments = call["function"]["arguments"]
-        try:
+        with contextlib.suppress(ValueError):
             arguments = json.loads(arguments)
-        except ValueError:
-            pass
         calls.append((call["id"], call["function"]["name"], arguments))
     return calls
