@@ -52,16 +52,25 @@ class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: KimiK25TextConfig, layer_idx: int):
         super().__init__()
         self.self_attn = MLA(config, layer_idx)
-        is_moe = config.is_moe_layer(layer_idx)
-        self.mlp = MoE(config) if is_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = self.feed_forward(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def feed_forward(self, config: KimiK25TextConfig) -> nn.Module:
+        return MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, H) to (B, T, H), and the attention weights where the implementation makes them."""
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+
+
+class MoEDecoderLayer(DecoderLayer):
+    """A layer with experts. A class of its own, since accelerate takes the first of a class for the size of them all."""
+
+    def feed_forward(self, config: KimiK25TextConfig) -> nn.Module:
+        return MoE(config)
 
 
 class Decoder(nn.Module):
@@ -71,7 +80,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            (MoEDecoderLayer if config.is_moe_layer(idx) else DecoderLayer)(config, idx)
+            for idx in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
@@ -133,7 +145,7 @@ class KimiK25PreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DecoderLayer", "MoonViTBlock")
+    _no_split_modules = ("DecoderLayer", "MoEDecoderLayer", "MoonViTBlock")
     _skip_keys_device_placement = ("past_key_values",)
     # The loader keeps these in fp32 itself; said again for tools that look here.
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
