@@ -118,11 +118,11 @@ def write_random_weights(folder: Path, seed: int, max_shard_size: int | str) -> 
     with torch.device("meta"):
         model = KimiK25ForConditionalGeneration(config).bfloat16()
     slots = model_slots(model)
-    sizes = {name: prod(slot.shape) * slot.target.dtype.itemsize for name, slot in slots.items()}
+    entries = {name: (slot.target.dtype, tuple(slot.shape)) for name, slot in slots.items()}
     write_shards(
         folder,
-        sizes,
-        lambda names: {name: random_tensor(slots[name], seed) for name in names},
+        entries,
+        lambda names: ((name, random_tensor(slots[name], seed)) for name in names),
         max_shard_size,
     )
 
