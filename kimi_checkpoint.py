@@ -8,31 +8,35 @@ A checkpoint is a set of safetensors shards (and an index). A shard is
 
 which is simple enough to read directly, and that buys three things. All headers are compared with the model before one
 weight is read, so a wrong checkpoint is refused whole, with names, shapes and files. A tensor's bytes go from the file
-straight into its place in the stack: no copy, no memory beyond the model's own. And transformers' two majors, which
-would treat 207,360 expert tensors one by one in two different ways, share one path.
+straight into its place in the stack, in several threads: no copy, no memory beyond the model's own (and, on the way to
+another device or dtype, a piece of PIECE_BYTES for each thread). And transformers' two majors, which would treat 207,360
+expert tensors one by one in two different ways, share one path.
 
-A `Slot` is the place of one published tensor: a parameter, or one expert's slice of a stacked one.
+A `Slot` is the place of one published tensor: a parameter, or one expert's slice of a stacked one. Experts of a pool
+(`kimi_pool.py`) have slots too, which are checked like the others and then read when they are needed.
 """
 
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging
 
 from .kimi_moe import Experts
+from .kimi_pool import PooledExperts
+from .kimi_slots import ExpertFiles, Part, check_stamp, file_stamp, read_exactly
 
 DTYPES = {
     "F64": torch.float64,
@@ -47,6 +51,9 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+READERS = 4  # threads that read; see LOG.md
+IN_FLIGHT = 2 * READERS  # parts being read or waiting for a thread
+PIECE_BYTES = 32 * 2**20  # of a file, read by one thread at a time
 SHOWN = 3  # names listed in an error before "and N more"
 
 
@@ -62,6 +69,8 @@ class Slot:
 
     @property
     def target(self) -> torch.Tensor:
+        if isinstance(self.module, Experts):
+            return self.module.stack(self.parameter)
         tensors = (
             self.module._parameters if self.parameter in self.module._parameters else self.module._buffers
         )
@@ -83,6 +92,7 @@ class Source:
     begin: int = 0
     end: int = 0
     tensor: torch.Tensor | None = None
+    stamp: tuple[int, int] = (0, 0)  # of the file when its header was read
 
 
 def model_slots(model: nn.Module) -> dict[str, Slot]:
@@ -110,8 +120,9 @@ def read_header(file: str) -> dict[str, Source]:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"shard {file} is missing; the index names it, download it again.")
-    size = path.stat().st_size
     with path.open("rb") as handle:
+        stamp = file_stamp(os.fstat(handle.fileno()))
+        size = stamp[0]
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise OSError(
@@ -132,7 +143,7 @@ def read_header(file: str) -> dict[str, Source]:
             raise ValueError(f"{name} in {file} has dtype {entry['dtype']}, which this model does not use.")
         if end - begin != prod(shape) * dtype.itemsize or begin < start:
             raise OSError(f"shard {file} is damaged: {name} of shape {shape} occupies {end - begin} bytes.")
-        sources[name] = Source(dtype, shape, file, begin, end)
+        sources[name] = Source(dtype, shape, file, begin, end, stamp=stamp)
     promised = max((source.end for source in sources.values()), default=start)
     if promised > size:
         raise OSError(
@@ -232,37 +243,161 @@ def load_checkpoint(
     if offload_folder is None and "disk" in (device_map or {}).values():
         raise ValueError('device_map sends modules to "disk"; say where by offload_folder=.')
     device_of = _device_lookup(device_map)
-    by_file: dict[str, list[Slot]] = defaultdict(list)
-    pending: dict[str, int] = defaultdict(int)  # slices of a parameter still to come
-    for slot in slots.values():
-        if slot.name in sources:
-            by_file[sources[slot.name].file].append(slot)
-            pending[slot.path] += 1
-
+    pooled = [slot for slot in slots.values() if isinstance(slot.module, PooledExperts)]
+    if pooled and state_dict is not None:
+        raise ValueError(
+            "expert_cache reads experts from safetensors files; it cannot take them from state_dict=."
+        )
+    resident = [slot for slot in slots.values() if not isinstance(slot.module, PooledExperts)]
     index: dict[str, Any] = {}
-    parameters: dict[str, torch.Tensor] = {}
-    total = sum(prod(source.shape) * source.dtype.itemsize for source in sources.values())
-    with logging.tqdm(
-        total=total, desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=None
-    ) as bar:
-        for file, wanted in by_file.items():
-            with open(file, "rb", buffering=0) if state_dict is None else nullcontext() as handle:
-                for slot in sorted(wanted, key=lambda slot: sources[slot.name].begin):
-                    source, device = sources[slot.name], device_of(slot.path)
-                    if slot.path not in parameters:
-                        parameters[slot.path] = _allocate(slot, source, dtype, device)
-                    _read_into(parameters[slot.path], slot, source, handle)
-                    bar.update(prod(source.shape) * source.dtype.itemsize)
-                    pending[slot.path] -= 1
-                    if not pending[slot.path]:
-                        _install(slot, parameters.pop(slot.path), device, offload_folder, index)
-    _default_shapes(slots, sources, device_of)
+    filling = Filling([slot for slot in resident if slot.name in sources], sources, dtype, device_of)
+    for slot, tensor, device in filling.run():
+        _install(slot, tensor, device, offload_folder, index)
+    _default_shapes(resident, sources, device_of)
+    if pooled:
+        _open_pool(pooled, sources, dtype, device_map)
     # transformers 5 initialises afresh whatever does not carry this mark.
     for module in model.modules():
         module._is_hf_initialized = True
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     return index or None
+
+
+class Piece(NamedTuple):
+    """Elements [first, last) of one tensor."""
+
+    slot: Slot
+    source: Source
+    first: int
+    last: int
+
+
+class Filling:
+    """Fills the parameters of `slots` from their `sources`, and yields each one when it is whole."""
+
+    def __init__(
+        self, slots: list[Slot], sources: dict[str, Source], dtype: torch.dtype | None, device_of: Callable
+    ):
+        self.slots, self.sources, self.dtype, self.device_of = slots, sources, dtype, device_of
+        self.parameters: dict[str, torch.Tensor] = {}  # those that are not whole
+        self.handles: deque[BinaryIO] = deque()  # open files, oldest first
+        self.pending: dict[str, int] = defaultdict(int)  # their elements still to come
+        for slot in slots:
+            self.pending[slot.path] += prod(slot.shape)
+
+    def run(self) -> Iterator[tuple[Slot, torch.Tensor, Any]]:
+        """(slot, parameter, device) for one slot of each parameter. Raises OSError that names file and tensor."""
+        total = sum(prod(slot.shape) * self.sources[slot.name].dtype.itemsize for slot in self.slots)
+        bar = logging.tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=None)
+        threads, running = ThreadPoolExecutor(READERS, "weight-reader"), deque()
+        try:
+            with bar:
+                for batch, handle in self._batches():
+                    running.append((threads.submit(self._read, batch, handle), batch))
+                    if len(running) > IN_FLIGHT:
+                        yield from self._finish(*running.popleft(), bar)
+                while running:
+                    yield from self._finish(*running.popleft(), bar)
+        finally:
+            threads.shutdown(cancel_futures=True)
+            for handle in self.handles:
+                handle.close()
+
+    def _batches(self) -> Iterator[tuple[list[Piece], BinaryIO | None]]:
+        """The work in the order of the files, in parts of about PIECE_BYTES, with the open file."""
+        by_file: dict[str, list[Slot]] = defaultdict(list)
+        for slot in self.slots:
+            by_file[self.sources[slot.name].file].append(slot)
+        for file, slots in by_file.items():
+            if self.sources[slots[0].name].tensor is None:
+                self.handles.append(open(file, "rb", buffering=0))  # noqa: SIM115
+                _name_file(file, check_stamp, self.handles[-1].fileno(), self.sources[slots[0].name].stamp)
+            for batch in self._cut(sorted(slots, key=lambda slot: self.sources[slot.name].begin)):
+                for piece in batch:
+                    self._allocate(piece.slot)
+                yield batch, self.handles[-1] if self.handles else None
+            while len(self.handles) > IN_FLIGHT + 1:  # no batch of older files is being read any more
+                self.handles.popleft().close()
+
+    def _cut(self, slots: list[Slot]) -> Iterator[list[Piece]]:
+        batch: list[Piece] = []
+        size = 0
+        for slot in slots:
+            source, elements, first = self.sources[slot.name], prod(slot.shape), 0
+            step = PIECE_BYTES // source.dtype.itemsize
+            while first < elements or not elements:
+                last = min(first + step, elements)
+                batch.append(Piece(slot, source, first, last))
+                size += (last - first) * source.dtype.itemsize
+                if size >= PIECE_BYTES:
+                    yield batch
+                    batch, size = [], 0
+                first = last
+                if not elements:
+                    break
+        if batch:
+            yield batch
+
+    def _allocate(self, slot: Slot) -> None:
+        if slot.path not in self.parameters:
+            source, device = self.sources[slot.name], self.device_of(slot.path)
+            self.parameters[slot.path] = _allocate(slot, source, self.dtype, device)
+
+    def _read(self, batch: list[Piece], handle: BinaryIO | None) -> None:
+        for piece in batch:
+            parameter = self.parameters[piece.slot.path]
+            _read_into(
+                parameter if piece.slot.expert is None else parameter[piece.slot.expert], piece, handle
+            )
+
+    def _finish(self, future: Any, batch: list[Piece], bar: Any) -> Iterator[tuple[Slot, torch.Tensor, Any]]:
+        future.result()
+        for slot, source, first, last in batch:
+            bar.update((last - first) * source.dtype.itemsize)
+            self.pending[slot.path] -= last - first
+            if not self.pending[slot.path] and slot.path in self.parameters:
+                yield slot, self.parameters.pop(slot.path), self.device_of(slot.path)
+
+
+def _name_file(file: str, function: Callable, *args: Any) -> None:
+    """Runs function(*args) and names the file if that fails."""
+    try:
+        function(*args)
+    except OSError as error:
+        raise OSError(f"shard {file} cannot be read: {error}.") from error
+
+
+def _open_pool(
+    slots: list[Slot],
+    sources: dict[str, Source],
+    dtype: torch.dtype | None,
+    device_map: dict[str, Any] | None,
+) -> None:
+    """Tells the pool of the experts where their bytes are and where their layers lie."""
+    parts: dict[tuple[int, int], dict[str, list[Part]]] = defaultdict(lambda: defaultdict(list))
+    layers, dtypes = {}, {}
+    device_of = _device_lookup(device_map)
+    accelerators = [device for device in (device_map or {}).values() if device not in ("cpu", "disk")]
+    for slot in slots:
+        if slot.name not in sources:
+            continue
+        module, source = slot.module, sources[slot.name]
+        if module.layer not in layers:
+            device = device_of(slot.path)
+            # A layer that is kept in RAM or on disk beside accelerators runs on the first of them.
+            if device in ("cpu", "disk"):
+                device = accelerators[0] if accelerators else "cpu"
+            layers[module.layer] = module, torch.device(device)
+        projection, _ = module.published[slot.parameter]
+        parts[module.layer, slot.expert][projection].append(Part(slot.parameter, source, slot.name))
+        kept = source.dtype if module.packed or dtype is None else dtype
+        if dtypes.setdefault(slot.parameter, kept) != kept:
+            raise ValueError(
+                f"{slot.name} in {source.file} has dtype {kept}, others {dtypes[slot.parameter]}."
+            )
+    modules, devices = zip(*layers.values(), strict=True)
+    modules[0].pool.open(modules, ExpertFiles(dict(parts), modules[0].shapes), devices, dtypes)
 
 
 def _device_lookup(device_map: dict[str, Any] | None) -> Callable[[str], Any]:
@@ -288,22 +423,20 @@ def _allocate(slot: Slot, source: Source, dtype: torch.dtype | None, device: Any
     return torch.empty(slot.target.shape, dtype=dtype, device="cpu" if device == "disk" else device)
 
 
-def _read_into(parameter: torch.Tensor, slot: Slot, source: Source, handle: Any) -> None:
-    """Copies one tensor to its place, by way of memory of its own only for another dtype or device."""
-    place = parameter if slot.expert is None else parameter[slot.expert]
+def _read_into(place: torch.Tensor, piece: Piece, handle: BinaryIO | None) -> None:
+    """Copies elements of one tensor to their place, by way of memory of its own only for another dtype or device."""
+    slot, source, first, last = piece
+    place = place.reshape(-1)[first:last]
     if source.tensor is not None:
-        place.copy_(source.tensor)
+        place.copy_(source.tensor.reshape(-1)[first:last])
         return
     direct = place.device.type == "cpu" and place.dtype == source.dtype
-    buffer = place if direct else torch.empty(source.shape, dtype=source.dtype)
-    view = memoryview(buffer.view(-1).view(torch.uint8).numpy())
-    handle.seek(source.begin)
-    done = 0
-    while done < len(view):  # one read call gives 2 GiB at most
-        count = handle.readinto(view[done:])
-        if not count:
-            raise OSError(f"{slot.name} in {source.file} ends after {done} of {len(view)} bytes.")
-        done += count
+    buffer = place if direct else torch.empty(place.shape, dtype=source.dtype)
+    try:
+        begin = source.begin + first * source.dtype.itemsize
+        read_exactly(handle.fileno(), begin, memoryview(buffer.view(torch.uint8).numpy()))
+    except OSError as error:
+        raise OSError(f"{slot.name} could not be read from {source.file}: {error}.") from error
     if not direct:
         place.copy_(buffer)
 
@@ -338,10 +471,10 @@ def _check_matrix_shapes(slot: Slot, stack: torch.Tensor) -> None:
 
 
 def _default_shapes(
-    slots: dict[str, Slot], sources: dict[str, Source], device_of: Callable[[str], Any]
+    slots: Iterable[Slot], sources: dict[str, Source], device_of: Callable[[str], Any]
 ) -> None:
     """Fills `weight_shape` where the checkpoint has none."""
-    for slot in slots.values():
+    for slot in slots:
         if slot.name in sources or slot.expert:
             continue
         experts, device = slot.module, device_of(slot.path)
@@ -407,45 +540,37 @@ def save_checkpoint(
     """Writes a model, or a state dict instead, under the published names and in the model's order."""
     if state_dict is None:
         slots = model_slots(model)
-        sizes = {name: prod(slot.shape) * slot.target.dtype.itemsize for name, slot in slots.items()}
-        write_shards(
-            folder, sizes, lambda names: _collect([slots[name] for name in names]), max_shard_size, variant
-        )
+        entries = {name: (slot.target.dtype, tuple(slot.shape)) for name, slot in slots.items()}
+        write_shards(folder, entries, lambda names: _stream(slots[n] for n in names), max_shard_size, variant)
     else:
-        sizes = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in state_dict.items()}
-        write_shards(
-            folder,
-            sizes,
-            lambda names: {n: state_dict[n].contiguous() for n in names},
-            max_shard_size,
-            variant,
-        )
+        given = state_dict
+        entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in given.items()}
+        write_shards(folder, entries, lambda names: ((n, given[n]) for n in names), max_shard_size, variant)
+
+
+Entries = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name
 
 
 def write_shards(
     folder: str | os.PathLike,
-    sizes: dict[str, int],
-    tensors_of: Callable[[list[str]], dict[str, torch.Tensor]],
+    entries: Entries,
+    stream: Callable[[list[str]], Iterable[tuple[str, torch.Tensor]]],
     max_shard_size: int | str,
     variant: str | None = None,
 ) -> None:
-    """Writes the tensors named in `sizes` (bytes each), asking for those of one shard at a time, and the index.
+    """Writes the tensors that `entries` announces, asking `stream` for them one after the other, and the index.
 
     Each file is written beside its final place and then moved there, so an interrupted save harms no older one. Shards
     of an earlier save that this one does not replace are removed at the end.
     """
     folder, stem = Path(folder), f"model.{variant}" if variant else "model"
+    sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in entries.items()}
     shards, weight_map = split_names(sizes, parse_size(max_shard_size)), {}
     files = [f"{stem}-{i:05d}-of-{len(shards):06d}.safetensors" for i in range(1, len(shards) + 1)]
     files = [f"{stem}.safetensors"] if len(shards) == 1 else files
     for file, names in zip(logging.tqdm(files, desc="Writing shards", disable=None), shards, strict=True):
         temporary = folder / f"{file}.part"
-        temporary.touch()
-        mode = (
-            temporary.stat().st_mode
-        )  # what the umask allows; safetensors makes files private to their owner
-        save_file(tensors_of(names), temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)
+        write_shard(temporary, {name: entries[name] for name in names}, stream)
         os.replace(temporary, folder / file)
         weight_map.update(dict.fromkeys(names, file))
     index = folder / f"model.safetensors.index{f'.{variant}' if variant else ''}.json"
@@ -460,6 +585,38 @@ def write_shards(
     for path in folder.iterdir():
         if old.fullmatch(path.name) and path.name not in files:
             path.unlink()
+
+
+def write_shard(
+    path: Path, entries: Entries, stream: Callable[[list[str]], Iterable[tuple[str, torch.Tensor]]]
+) -> None:
+    """One safetensors file, a tensor at a time. Wide dtypes come first, so that all lie at multiples of their size."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    names = sorted(entries, key=lambda name: -entries[name][0].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        dtype, shape = entries[name]
+        if dtype not in codes:
+            raise ValueError(f"{name} has dtype {dtype}, which this model does not use; it cannot be saved.")
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as handle:
+        _write(handle, len(text).to_bytes(8, "little") + text)
+        for name, tensor in stream(names):
+            if (tensor.dtype, tuple(tensor.shape)) != entries[name]:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {entries[name]}."
+                )
+            _write(handle, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write(handle: BinaryIO, data: Any) -> None:
+    view = memoryview(data)
+    while len(view):  # one call takes 2 GiB at most
+        view = view[handle.write(view) :]
 
 
 def split_names(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -486,19 +643,22 @@ def parse_size(size: int | str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def _collect(slots: list[Slot]) -> dict[str, torch.Tensor]:
-    """The tensors of one shard; a module whose weights accelerate keeps elsewhere has them for a moment."""
+def _stream(slots: Iterable[Slot]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors; a module whose weights accelerate keeps elsewhere has them for a moment."""
     from accelerate.utils import align_module_device
 
-    by_module: dict[nn.Module, list[Slot]] = defaultdict(list)
-    for slot in slots:
-        by_module[slot.module].append(slot)
-    tensors = {}
-    for module, group in by_module.items():
+    for _, run in groupby(slots, key=lambda slot: id(slot.module)):
+        group = list(run)
+        module = group[0].module
         with align_module_device(module, "cpu"):
             for slot in group:
-                tensor = slot.target.detach() if slot.expert is None else slot.target.detach()[slot.expert]
+                tensor = (
+                    module.pool.mapped(slot.name)
+                    if isinstance(module, PooledExperts)
+                    else slot.target.detach()
+                )
+                if slot.expert is not None and not isinstance(module, PooledExperts):
+                    tensor = tensor[slot.expert]
                 if tensor.device.type == "meta":
                     raise ValueError(f"{slot.name} has no data (meta device), so it cannot be saved.")
-                tensors[slot.name] = tensor.contiguous()
-    return tensors
+                yield slot.name, tensor

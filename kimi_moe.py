@@ -123,11 +123,22 @@ class ExpertMatrices(NamedTuple):
     weight: torch.Tensor  # (E, N, M/8) int32 words, or (E, N, M)
     scale: torch.Tensor | None  # (E, N, M/32)
 
+    @property
+    def num_experts(self) -> int:
+        return len(self.weight)
+
+    def one(self, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One expert's matrix and scales."""
+        return self.weight[expert], None if self.scale is None else self.scale[expert]
+
+    def batches(self, experts: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Cuts a list of experts, (P,) ids, into parts that are in memory together, with their places in the stack."""
+        yield slice(None), experts
+
     def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """x (R, M) through one expert's matrix, (R, N)."""
-        if self.scale is None:
-            return F.linear(x, self.weight[expert])
-        return int4_linear(x, self.weight[expert], self.scale[expert])
+        weight, scale = self.one(expert)
+        return F.linear(x, weight) if scale is None else int4_linear(x, weight, scale)
 
     def gathered(self, experts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The matrices of `experts`, (P,) ids on the device, as (P, N, M) in `dtype`."""
@@ -187,6 +198,13 @@ class Experts(nn.Module):
         """x (R, H), ids (R, K), weights (R, K) fp32 to the weighted sum of the chosen experts, (R, H) fp32."""
         matrices = [self.matrices(projection) for projection in self.shapes]
         return choose_backend(self.config.int4_backend, x, matrices[0])(x, topk_ids, topk_weights, *matrices)
+
+    def prefetch(self, topk_ids: torch.Tensor) -> None:
+        """Called as soon as the choices (R, K) are known: nothing to do for experts in memory."""
+
+    def stack(self, parameter: str) -> torch.Tensor:
+        """A stacked parameter, or one on meta that stands for it."""
+        return self._parameters[parameter]
 
     def num_weights(self) -> int:
         """Logical weights: one for each int4 code, none for scales and shapes."""
@@ -317,7 +335,7 @@ def run_experts(
     outputs in fp32, (R, H). Unpacks only the experts the batch was routed to, one at a time.
     """
     order = topk_ids.flatten().argsort(stable=True)  # pairs, by expert
-    counts = topk_ids.flatten().bincount(minlength=len(gate.weight)).tolist()  # the one host sync of a layer
+    counts = topk_ids.flatten().bincount(minlength=gate.num_experts).tolist()  # the one host sync of a layer
     rows = order // topk_ids.shape[-1]  # (R * K,) which row a pair belongs to
     weights = topk_weights.flatten()[order].unsqueeze(-1)  # (R * K, 1) fp32
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -354,12 +372,14 @@ def run_experts_cpu(
     order = topk_ids.flatten().argsort(stable=True)  # pairs, by expert
     experts, rows = topk_ids.flatten()[order], order // choices
     weights = topk_weights.flatten()[order].unsqueeze(-1)
-    counts = experts.bincount(minlength=len(gate.weight))
+    counts = experts.bincount(minlength=gate.num_experts)
     output = torch.zeros(x.shape, dtype=torch.float32)
     few = (counts <= FEW_ROWS)[experts]
     if few.any():
-        parts = experts_int4(x[rows[few]], experts[few].unsqueeze(-1), weights[few], packed)
-        output.index_add_(0, rows[few], parts)
+        few_rows, few_weights = rows[few], weights[few]
+        for part, places in gate.batches(experts[few]):
+            y = experts_int4(x[few_rows[part]], places.unsqueeze(-1), few_weights[part], packed)
+            output.index_add_(0, few_rows[part], y)
     inner, width = gate.weight.shape[1], x.shape[1]
     buffers = [x.new_empty(shape) for shape in ((inner, width), (inner, width), (width, inner))]
     start = 0
@@ -367,8 +387,8 @@ def run_experts_cpu(
         if count > FEW_ROWS:
             chosen = slice(start, start + count)
             w_gate, w_up, w_down = (
-                unpack_int4_bf16(words[expert], scale[expert], buffer)
-                for (words, scale), buffer in zip(packed, buffers, strict=True)
+                unpack_int4_bf16(*matrix.one(expert), buffer)
+                for matrix, buffer in zip((gate, up, down), buffers, strict=True)
             )
             x_e = x[rows[chosen]]
             y_e = F.linear(F.silu(F.linear(x_e, w_gate)).mul_(F.linear(x_e, w_up)), w_down)
@@ -412,8 +432,10 @@ class MoE(nn.Module):
     def mix(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, -2)  # (R, H)
         topk_ids, topk_weights = self.gate(flat)
+        self.experts.prefetch(topk_ids)
+        shared = self.shared_experts(x)
         routed = self.experts(flat, topk_ids, topk_weights).to(x.dtype)
-        return routed.view_as(x) + self.shared_experts(x)
+        return routed.view_as(x) + shared
 
 
 def _apply_keeping_dtype(module: nn.Module, fn: Callable, names: Iterable[str]) -> nn.Module:

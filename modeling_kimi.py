@@ -13,7 +13,7 @@ tokens of all items together, P patches, N media items.
 import inspect
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -33,7 +33,9 @@ from .kimi_cache import new_cache, with_latent_layers
 from .kimi_checkpoint import load_checkpoint, loading_result, save_checkpoint
 from .kimi_linear import Linear
 from .kimi_moe import MLP, Experts, MoE, Router
+from .kimi_pool import pool_experts, requested
 from .kimi_prompt_media import PromptMedia, check_counts, read_prompt_media
+from .kimi_usage import MemoryReport, Routing, memory_report, recorded_routing
 from .kimi_vision import MoonViT, PatchMergerProjector, PositionEmbedding
 
 if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point names itself
@@ -41,6 +43,9 @@ if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point name
     from .kimi_cpu import experts_int4  # noqa: F401
     from .kimi_int4 import int4_linear  # noqa: F401
     from .kimi_int4_triton import run_experts_triton  # noqa: F401
+    from .kimi_machine import detect_ram  # noqa: F401
+    from .kimi_sizes import weight_bytes  # noqa: F401
+    from .kimi_slots import SlotCache  # noqa: F401
 
 logger = logging.get_logger(__name__)
 MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
@@ -52,16 +57,25 @@ class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: KimiK25TextConfig, layer_idx: int):
         super().__init__()
         self.self_attn = MLA(config, layer_idx)
-        is_moe = config.is_moe_layer(layer_idx)
-        self.mlp = MoE(config) if is_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = self.feed_forward(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def feed_forward(self, config: KimiK25TextConfig) -> nn.Module:
+        return MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, H) to (B, T, H), and the attention weights where the implementation makes them."""
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
+
+
+class MoEDecoderLayer(DecoderLayer):
+    """A layer with experts. A class of its own, since accelerate takes the first of a class for the size of them all."""
+
+    def feed_forward(self, config: KimiK25TextConfig) -> nn.Module:
+        return MoE(config)
 
 
 class Decoder(nn.Module):
@@ -71,7 +85,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, idx) for idx in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            (MoEDecoderLayer if config.is_moe_layer(idx) else DecoderLayer)(config, idx)
+            for idx in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
@@ -133,7 +150,7 @@ class KimiK25PreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DecoderLayer", "MoonViTBlock")
+    _no_split_modules = ("DecoderLayer", "MoEDecoderLayer", "MoonViTBlock")
     _skip_keys_device_placement = ("past_key_values",)
     # The loader keeps these in fp32 itself; said again for tools that look here.
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
@@ -169,9 +186,16 @@ class KimiK25PreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        expert_cache: int | str | None = None,
+        **kwargs: Any,
     ) -> "KimiK25PreTrainedModel":
         """PreTrainedModel.from_pretrained, which loads in the checkpoint's dtype (bf16) unless told otherwise.
+
+        `expert_cache`: bytes (or "20GB") of memory for routed experts, which otherwise stay in the checkpoint's files and
+        are read when a token needs them; "auto" takes what is free, and all of them if they fit. None: all are loaded.
 
         Raises ValueError for weights that contradict the config or the model (missing, unknown, wrong shape or dtype),
         OSError for missing or damaged files. Never returns a model with a tensor that was not read.
@@ -187,7 +211,8 @@ class KimiK25PreTrainedModel(PreTrainedModel):
                 " float16 overflows above 65504. Prefer dtype=torch.bfloat16."
             )
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=dtype, **kwargs)
+            with requested(expert_cache, kwargs.get("device_map")):
+                loaded = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=dtype, **kwargs)
         except SafetensorError as error:
             raise OSError(
                 f"a weight file of {pretrained_model_name_or_path} is damaged or truncated ({error}); download it again."
@@ -250,6 +275,7 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         self.vision_tower = MoonViT(config.vision_config)
         self.mm_projector = PatchMergerProjector(config.vision_config)
         self.language_model = CausalLM(config.text_config)
+        self.expert_pool = pool_experts(self, config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -355,6 +381,19 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def memory_report(self, past_key_values: Cache | None = None) -> MemoryReport:
+        """Bytes by device: weights, experts in the pool, the given cache; the pool's hit rate and bytes read."""
+        return memory_report(self, past_key_values)
+
+    def collect_routing(self) -> AbstractContextManager[Routing]:
+        """`with model.collect_routing() as routing:` counts how often each expert of each layer is chosen."""
+        return recorded_routing(self)
+
+    def warm_experts(self, routing: Routing) -> int:
+        """Reads the experts that `routing` counted most into the pool, as many as fit; returns how many. 0 without a
+        pool, where all are in memory."""
+        return self.expert_pool.warm(routing.by_layer()) if self.expert_pool else 0
 
     def get_image_features(self, pixel_values: torch.Tensor, grid_thws: torch.Tensor) -> list[torch.Tensor]:
         """(P, 3, 14, 14) and (N, 3) to N tensors (tokens of the item, H); an item is an image or a chunk of a video."""

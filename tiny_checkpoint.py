@@ -6,8 +6,11 @@
     chat_template.jinja, preprocessor_config.json
     *_kimi.py, kimi_*.py                         the code, as it lies beside the published weights
 
-Each tensor is seeded by its name and made when its shard is written, so a checkpoint of any size needs the memory of
-one shard. Weights are random: such a model is exact to test with and says nothing sensible.
+Each tensor is seeded by its name and made when it is written, so a checkpoint of any size needs the memory of one
+tensor. Weights are random: such a model is exact to test with and says nothing sensible.
+
+`real_width` gives the published sizes for a few layers: `python benchmarks/bench_pool.py --make FOLDER` writes 36 GB so.
+Large tensors are drawn from tables of 65,536 values, about as fast as a disk writes.
 """
 
 import json
@@ -18,6 +21,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .configuration_kimi import KimiK25Config
@@ -51,6 +55,15 @@ TINY_VISION = {
     "init_pos_emb_height": 16,
     "init_pos_emb_width": 16,
 }
+LARGE = 400_000  # elements of a tensor that is drawn fast
+
+
+def real_width(num_layers: int, num_experts: int) -> dict[str, dict[str, Any]]:
+    """`text` and `vision` for write_tiny_checkpoint: the published sizes, the first `num_layers` layers."""
+    config = json.loads((ROOT / "config.json").read_text())
+    text = {name: config["text_config"][name] for name in (*TINY_TEXT, "vocab_size")}
+    text |= {"num_hidden_layers": num_layers, "n_routed_experts": num_experts}
+    return {"text": text, "vision": {name: config["vision_config"][name] for name in TINY_VISION}}
 
 
 def write_tiny_checkpoint(
@@ -133,27 +146,38 @@ def write_random_weights(folder: Path, seed: int, max_shard_size: int | str) -> 
     with torch.device("meta"):
         model = KimiK25ForConditionalGeneration(config).bfloat16()
     slots = model_slots(model)
-    sizes = {name: prod(slot.shape) * slot.target.dtype.itemsize for name, slot in slots.items()}
+    entries = {name: (slot.target.dtype, tuple(slot.shape)) for name, slot in slots.items()}
     write_shards(
         folder,
-        sizes,
-        lambda names: {name: random_tensor(slots[name], seed) for name in names},
+        entries,
+        lambda names: ((name, random_tensor(slots[name], seed)) for name in names),
         max_shard_size,
     )
 
 
 def random_tensor(slot: Slot, seed: int) -> torch.Tensor:
     """A tensor that keeps activations near one: matrices N(0, 1/inputs), norms near 1, biases near 0."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{slot.name}".encode()))
-    shape, dtype = slot.shape, slot.target.dtype
+    key = zlib.crc32(f"{seed}/{slot.name}".encode())
+    generator = torch.Generator().manual_seed(key)
+    shape, dtype, large = slot.shape, slot.target.dtype, prod(slot.shape) >= LARGE
 
     def uniform(low: float, high: float) -> torch.Tensor:
+        if large:
+            return from_table(torch.linspace(low, high, 2**16).to(dtype), shape, key)
         return (torch.rand(shape, generator=generator) * (high - low) + low).to(dtype)
+
+    def normal(deviation: float) -> torch.Tensor:
+        if large:
+            quantiles = (torch.arange(2**16, dtype=torch.float64) + 0.5) / 2**16
+            return from_table((torch.special.ndtri(quantiles) * deviation).to(dtype), shape, key)
+        return (torch.randn(shape, generator=generator) * deviation).to(dtype)
 
     if isinstance(slot.module, Experts):
         projection, tensor = slot.module.published[slot.parameter]
         if tensor == "weight_shape":
             return torch.tensor(slot.module.shapes[projection], dtype=dtype)
+        if tensor == "weight_packed" and large:
+            return torch.from_numpy(random_bits(prod(shape) * 2, key)).view(dtype).view(shape)
         if tensor == "weight_packed":
             return torch.randint(-(2**31), 2**31, shape, generator=generator).to(dtype)
         if tensor == "weight_scale":
@@ -165,4 +189,22 @@ def random_tensor(slot: Slot, seed: int) -> torch.Tensor:
     if slot.parameter in ("bias", "e_score_correction_bias"):
         return uniform(-0.1, 0.1)
     inputs = prod(shape[1:]) if "embed" not in slot.name and "pos_emb" not in slot.name else 1
-    return (torch.randn(shape, generator=generator) * inputs**-0.5).to(dtype)
+    return normal(inputs**-0.5)
+
+
+def random_bits(count: int, seed: int | list[int]) -> np.ndarray:
+    """(count,) uint16."""
+    return np.frombuffer(np.random.Generator(np.random.SFC64(seed)).bytes(2 * count), np.uint16).copy()
+
+
+def from_table(table: torch.Tensor, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Values drawn from a table of 2^16, in its dtype. Looked up as bits by numpy, which takes uint16 as an index."""
+    code = {2: np.uint16, 4: np.uint32}[table.dtype.itemsize]
+    bits = table.view({2: torch.int16, 4: torch.int32}[table.dtype.itemsize]).numpy().view(code)
+    drawn = torch.empty(shape, dtype=table.dtype)
+    flat = drawn.view(-1).view({2: torch.int16, 4: torch.int32}[table.dtype.itemsize]).numpy().view(code)
+    step = 2**22  # values at once, to keep indices small
+    for start in range(0, len(flat), step):
+        part = flat[start : start + step]
+        np.take(bits, random_bits(len(part), [seed, start]), out=part)
+    return drawn

@@ -95,7 +95,9 @@ def run_one(name: str, folder: str) -> None:
         modules = sum(1 for _ in model.modules())
         names_s, names = timed(lambda: len(model.state_dict()))
         budget = dict.fromkeys(range(8), 80 * 2**30)
-        map_s, _ = timed(infer_auto_device_map, model, budget, ["DecoderLayer"], torch.bfloat16)
+        map_s, _ = timed(
+            infer_auto_device_map, model, budget, ["DecoderLayer", "MoEDecoderLayer"], torch.bfloat16
+        )
         print(
             f"{name:8} 61 layers on meta {build_s:7.2f} s, {modules:7,} modules | state_dict() of {names:,} names"
             f" {names_s:5.2f} s | infer_auto_device_map 8 x 80 GiB {map_s:6.2f} s"

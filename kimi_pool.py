@@ -1,0 +1,397 @@
+"""Experts that do not fit memory: they stay in the published safetensors files, and a pool holds the busy ones.
+
+    from_pretrained(..., expert_cache="auto" | bytes)
+
+An expert is 3 matrices, 24.8 MB at full size, and a token takes 8 of 384 in each layer. So memory is managed by the
+expert, not by the layer: `kimi_slots.py` has the slots, this file the module that computes with them and the sums that
+say how many there can be. Attention, shared experts, routers and embeddings are ordinary parameters.
+
+Results are those of resident experts, bit for bit, on the CPU backends and the reference: the same function multiplies
+the same words, and sums run in the order of expert ids, wherever an expert happens to lie.
+"""
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration_kimi import KimiK25Config, KimiK25TextConfig
+from .kimi_machine import (
+    CUDA_CONTEXT_BYTES,
+    FRAGMENTATION_SHARE,
+    HOST_RESERVE_BYTES,
+    detect_gpus,
+    detect_ram,
+    parse_size,
+)
+from .kimi_moe import (
+    FEW_ROWS,
+    ExpertMatrices,
+    Experts,
+    MoE,
+    choose_backend,
+    run_experts,
+    run_experts_cpu,
+)
+from .kimi_sizes import cache_bytes_per_token, expert_bytes, text_workspace_bytes, weight_bytes
+from .kimi_slots import READERS, ExpertFiles, Part, ReadsExperts, SlotCache, Visit, Worth
+
+HALF_LIFE = 64.0  # tokens; see LOG.md
+AUTO_CONTEXT = 32768  # tokens of one sequence for which expert_cache="auto" leaves room
+AUTO_CHUNK = 4096  # of them at once
+
+
+class PooledMatrices(ExpertMatrices):
+    """One projection of all experts of a layer, of which only some are in the slots: (S, N, M/8) and (S, N, M/32)."""
+
+    visit: Visit
+
+    @property
+    def num_experts(self) -> int:
+        return self.visit.num_experts
+
+    def one(self, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        slot = self.visit.slot(expert)
+        return self.weight[slot], None if self.scale is None else self.scale[slot]
+
+    def batches(self, experts: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        for part, group in self.visit.row_groups(experts.unsqueeze(-1)):
+            yield part, self.visit.hold(group)[experts[part]]
+
+
+# ----------------------------------------------------------------------------------------------------------- experts
+
+
+class PooledExperts(Experts):
+    """The routed experts of one layer without parameters of their own: `pool` has those that are in memory."""
+
+    def __init__(self, config: KimiK25TextConfig, layer: int, pool: "ExpertPool"):
+        with torch.device("meta"):
+            super().__init__(config)
+        self.layer, self.pool = layer, pool
+        self.templates = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        self._parameters.clear()
+
+    def stack(self, parameter: str) -> torch.Tensor:
+        return self.templates[parameter]
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def prefetch(self, topk_ids: torch.Tensor) -> None:
+        self.pool.visit(self, topk_ids).read_ahead()
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        cache = self.pool.cache_of(self.layer)
+        with self.pool.lock:
+            visit = self.pool.visit(self, topk_ids, counts=True)
+            inputs = (tensor.to(cache.device) for tensor in (x, topk_ids, topk_weights))
+            return run_pooled(self.config.int4_backend, visit, self, *inputs).to(x.device)
+
+    def matrices_in(self, visit: Visit, lazy: bool) -> list[ExpertMatrices]:
+        kind = PooledMatrices if lazy else ExpertMatrices
+        tensors = ("weight_packed", "weight_scale") if self.packed else ("weight",)
+        matrices = []
+        for projection in self.shapes:
+            stacks = [visit.cache.stacks[f"{projection}_{tensor}"] for tensor in tensors]
+            matrices.append(kind(*stacks, *[None] * (2 - len(stacks))))
+            if lazy:
+                matrices[-1].visit = visit
+        return matrices
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, in the pool"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The published files' own bytes, memory-mapped: they take memory as they are looked at."""
+        if not self.stacked_names:
+            for _, names in self.published_names(prefix):
+                destination.update((name, self.pool.mapped(name)) for name in names)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if any(name.startswith(prefix) for name in state_dict):
+            raise ValueError(
+                f"{prefix}* cannot be replaced: with expert_cache the routed experts are read from the files of the"
+                " checkpoint; load the model without it."
+            )
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        return nn.Module._apply(self, fn, recurse)  # slots stay where the pool put them; rows travel
+
+
+def run_pooled(
+    requested: str,
+    visit: Visit,
+    experts: PooledExperts,
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+) -> torch.Tensor:
+    """What `Experts.forward` does, with the same backend. Few rows run in groups whose experts fit the slots together;
+    many rows by expert, in ascending order as with resident ones, each when it is there."""
+    plain = experts.matrices_in(visit, lazy=False)
+    backend = choose_backend(requested, x, plain[0])
+    if backend is run_experts or (backend is run_experts_cpu and len(x) > FEW_ROWS):
+        return backend(x, topk_ids, topk_weights, *experts.matrices_in(visit, lazy=True))
+    if len(x) <= FEW_ROWS or len(visit.experts) <= visit.cache.capacity:
+        outputs = [
+            backend(x[rows], visit.hold(group)[topk_ids[rows]], topk_weights[rows], *plain)
+            for rows, group in visit.row_groups(topk_ids)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    # A kernel that takes all experts at once, and more experts than slots: pairs by expert, a group at a time.
+    order = topk_ids.flatten().argsort(stable=True)
+    ids, rows = topk_ids.flatten()[order], order // topk_ids.shape[-1]
+    weights = topk_weights.flatten()[order].unsqueeze(-1)
+    output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for part, slots in experts.matrices_in(visit, lazy=True)[0].batches(ids):
+        output.index_add_(0, rows[part], backend(x[rows[part]], slots.unsqueeze(-1), weights[part], *plain))
+    return output
+
+
+# -------------------------------------------------------------------------------------------------------------- pool
+
+
+def parse_expert_cache(value: Any) -> int | str:
+    """Bytes of `expert_cache`, given as a number, "6GB" or "20GiB"; or "auto"."""
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str):
+        return parse_size(value, "expert_cache")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f'expert_cache is {value!r}; it takes "auto", a number of bytes, or None.')
+    return value
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """What `from_pretrained` was asked for."""
+
+    size: int | str
+    device_map: Any = None
+
+    def uses_gpus(self) -> bool:
+        return torch.cuda.is_available() and self.device_map not in (None, "cpu", {"": "cpu"})
+
+    def memory(self) -> int:
+        """Bytes that are free now on the devices that may be used; 0 if the system hides it."""
+        gpus = sum(gpu.total_bytes for gpu in detect_gpus()) if self.uses_gpus() else 0
+        return gpus + detect_ram()
+
+
+class ExpertPool:
+    """The caches of a model's pooled layers, one for each device that holds some, and the files behind them.
+
+    Made with the model, before any weight is read; `open` gives it files and memory. Raises ValueError for a size that
+    is negative, too small for one layer's choices, or more than there is.
+    """
+
+    def __init__(self, config: KimiK25Config, request: CacheRequest):
+        self.config, self.request = config, request
+        self.caches: dict[torch.device, SlotCache] = {}
+        self.device_of: dict[int, torch.device] = {}
+        self.files: ExpertFiles | None = None
+        self.names: dict[str, Part] = {}
+        self.maps: dict[str, torch.UntypedStorage] = {}
+        self.lock = threading.RLock()
+        if isinstance(request.size, int):
+            self._check_size(request.size)
+
+    def _check_size(self, size: int) -> None:
+        text = self.config.text_config
+        one, choices = expert_bytes(text), text.num_experts_per_tok
+        if size < 0:
+            raise ValueError(
+                f"expert_cache is {size:,} bytes; it must be at least {one * choices:,}, the experts of one token."
+            )
+        if size < one * choices:
+            raise ValueError(
+                f"expert_cache of {size:,} bytes holds {size // one} experts of {one:,} bytes; one token takes {choices}"
+                f" in each layer: give at least {one * choices:,} bytes."
+            )
+        memory, resident = self.request.memory(), resident_bytes(self.config)
+        if memory and size + resident > memory:
+            raise ValueError(
+                f"expert_cache of {size:,} bytes and {resident:,} bytes of other weights exceed the {memory:,} bytes of"
+                " memory that are free."
+            )
+
+    def open(
+        self,
+        layers: Sequence[PooledExperts],
+        files: ExpertFiles,
+        devices: Sequence[torch.device],
+        dtypes: dict[str, torch.dtype],
+    ) -> None:
+        """Makes the slots: `layers` lie on `devices`; `dtypes` are the parameters' in memory."""
+        self.files = files
+        self.names = {p.name: p for ps in files.parts.values() for parts in ps.values() for p in parts}
+        first = layers[0]
+        layout = {
+            name: (tuple(template.shape[1:]), dtypes[name])
+            for name, template in first.templates.items()
+            if not name.endswith("weight_shape")
+        }
+        one = sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+        self.device_of = {module.layer: device for module, device in zip(layers, devices, strict=True)}
+        for device in dict.fromkeys(devices):
+            mine = [layer for layer, other in self.device_of.items() if other == device]
+            size = self._bytes_on(device, len(mine) / len(layers))
+            least, most = first.config.num_experts_per_tok, len(mine) * first.num_experts
+            if size // one < least:
+                raise ValueError(
+                    f"{size:,} bytes for experts on {device} hold {max(size, 0) // one} of {one:,} bytes; one token takes"
+                    f" {least} in each layer: {least * one:,} bytes are needed there."
+                )
+            capacity, worth = min(size // one, most), Worth(HALF_LIFE, len(mine))
+            source: ReadsExperts = files
+            if device.type != "cpu":
+                source = self._ram_tier(files, layout, one, len(mine), most) or files
+            self.caches[device] = SlotCache(source, capacity, layout, worth, device)
+
+    def _bytes_on(self, device: torch.device, share: float) -> int:
+        if isinstance(self.request.size, int):
+            return int(self.request.size * share)
+        return free_bytes(device, self.config)
+
+    def _ram_tier(
+        self, files: ExpertFiles, layout: dict, one: int, num_layers: int, most: int
+    ) -> SlotCache | None:
+        """Slots in RAM behind those of an accelerator, in an even share of what is free."""
+        devices = len(set(self.device_of.values()))
+        capacity = min(max(free_bytes(torch.device("cpu"), self.config), 0) // devices // one, most)
+        if capacity <= READERS:
+            return None
+        return SlotCache(
+            files, capacity, layout, Worth(HALF_LIFE, num_layers), pin_memory=torch.cuda.is_available()
+        )
+
+    def cache_of(self, layer: int) -> SlotCache:
+        if layer not in self.device_of:
+            raise RuntimeError(
+                "this model has no experts: expert_cache reads them from a checkpoint; use from_pretrained."
+            )
+        return self.caches[self.device_of[layer]]
+
+    def all_caches(self) -> Iterator[SlotCache]:
+        """Those next to layers, and those behind them."""
+        for cache in self.caches.values():
+            yield cache
+            if isinstance(cache.source, SlotCache):
+                yield cache.source
+
+    def visit(self, experts: PooledExperts, topk_ids: torch.Tensor, counts: bool = False) -> Visit:
+        cache, layer = self.cache_of(experts.layer), experts.layer
+        used = topk_ids.unique().tolist()  # the one host sync of a layer
+        if counts:
+            cache.asked += len(used)
+            cache.worth.use((layer, expert) for expert in used)
+        return Visit(cache, layer, used, experts.num_experts)
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """One published tensor as a view of its file."""
+        source = self.names[name].source
+        if source.file not in self.maps:
+            size = os.path.getsize(source.file)
+            self.maps[source.file] = torch.UntypedStorage.from_file(source.file, False, size)
+        data = torch.empty(0, dtype=torch.uint8).set_(
+            self.maps[source.file], source.begin, (source.end - source.begin,)
+        )
+        if source.begin % source.dtype.itemsize:
+            data = data.clone()
+        return data.view(source.dtype).view(source.shape)
+
+    def warm(self, counts: dict[int, Sequence[int]]) -> int:
+        """Reads the experts that were used most, as many as there are slots; returns how many. Layer -> uses by expert."""
+        warmed = 0
+        for device, cache in self.caches.items():
+            uses = {
+                (layer, expert): number
+                / max(sum(counts[layer]) / self.config.text_config.num_experts_per_tok, 1)
+                for layer, other in self.device_of.items()
+                if other == device and layer in counts
+                for expert, number in enumerate(counts[layer])
+                if number
+            }
+            best = sorted(uses, key=lambda key: -uses[key])[: cache.capacity]
+            for key, share in uses.items():
+                cache.worth.expect(key, share)
+            entries = [(key, cache.claim(key, best)) for key in best]
+            for key, entry in entries:
+                cache.await_entry(key, entry)
+            warmed += len(entries)
+        return warmed
+
+    def __deepcopy__(self, memo: dict) -> "ExpertPool":
+        return self
+
+
+def resident_bytes(config: KimiK25Config) -> int:
+    """Of all weights but the routed experts, in the dtype in which from_pretrained makes the model."""
+    kinds = weight_bytes(config, str(torch.get_default_dtype()).removeprefix("torch.")).values()
+    return sum(size for module in kinds for kind, size in module.items() if kind != "routed_experts")
+
+
+def free_bytes(device: torch.device, config: KimiK25Config) -> int:
+    """What is free on a device now, less the cache and workspace of one sequence of AUTO_CONTEXT tokens and a reserve."""
+    text = config.text_config
+    context = min(AUTO_CONTEXT, text.max_position_embeddings)
+    work = text_workspace_bytes(config, context, 1, min(AUTO_CHUNK, context), 2)
+    work += context * text.num_hidden_layers * cache_bytes_per_token(text)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free - work - FRAGMENTATION_SHARE * total)
+    ram = detect_ram()
+    if not ram:
+        raise ValueError(
+            'this system does not tell its free memory, so expert_cache="auto" cannot; give bytes.'
+        )
+    return ram - work - HOST_RESERVE_BYTES
+
+
+def all_fit(config: KimiK25Config, request: CacheRequest) -> bool:
+    """Whether every expert can be resident, on the devices that may be used."""
+    text = config.text_config
+    layers = sum(text.is_moe_layer(idx) for idx in range(text.num_hidden_layers))
+    weights = resident_bytes(config) + layers * text.n_routed_experts * expert_bytes(text)
+    free = free_bytes(torch.device("cpu"), config)
+    if request.uses_gpus():
+        free += sum(gpu.total_bytes - CUDA_CONTEXT_BYTES for gpu in detect_gpus())
+    return weights <= free
+
+
+# A keyword of from_pretrained that is handed on would end up in generation_config.json.
+REQUEST: ContextVar[CacheRequest | None] = ContextVar("expert_cache", default=None)
+
+
+@contextmanager
+def requested(expert_cache: Any, device_map: Any) -> Iterator[None]:
+    """Models made inside get a pool as `expert_cache` says. Raises ValueError if it says nothing that makes sense."""
+    request = None if expert_cache is None else CacheRequest(parse_expert_cache(expert_cache), device_map)
+    token = REQUEST.set(request)
+    try:
+        yield
+    finally:
+        REQUEST.reset(token)
+
+
+def pool_experts(model: nn.Module, config: KimiK25Config) -> ExpertPool | None:
+    """Puts pooled experts in the place of resident ones if they are requested, before any weight is read; None if not
+    or if all fit anyway."""
+    request = REQUEST.get()
+    if request is None or (request.size == "auto" and all_fit(config, request)):
+        return None
+    pool = ExpertPool(config, request)
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            layer = int(name.split(".layers.")[1].split(".")[0])
+            module.experts = PooledExperts(config.text_config, layer, pool)
+    return pool

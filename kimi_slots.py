@@ -1,0 +1,381 @@
+"""Slots that hold the busiest experts, and the files the others are read from. Knows tensors and files, no module.
+
+    ExpertFiles   byte ranges of the shards, read with pread into memory that is already there (a mapped file would
+                  count in the resident set, and nobody could say how much of it stays)
+    SlotCache     S slots on one device; a slot holds one expert of any layer. Slots of a projection lie in one
+                  (S, N, M/8) tensor, so the backends of `kimi_moe.py` multiply with them as they are
+    Visit         one pass of a layer over the experts that its router chose: reads run ahead in threads while
+                  experts that are there compute
+
+A SlotCache reads from ExpertFiles, or from another SlotCache: slots of an accelerator are filled from slots in RAM.
+
+Which expert goes when a slot is needed: the one of least worth, where each use adds one and worth halves every
+`half_life` tokens (LRFU, Lee et al., IEEE Transactions on Computers 50(12), 2001: it is LRU for a short half-life and
+LFU for a long one). All decay alike, so log2(worth) + age needs no update until the next use.
+"""
+
+import heapq
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+if TYPE_CHECKING:
+    from .kimi_checkpoint import Source
+
+Key = tuple[int, int]  # layer, expert
+READERS = 4  # threads that read; see LOG.md
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def file_stamp(status: os.stat_result) -> tuple[int, int]:
+    """What tells that a file is not what it was: bytes, and ns of the last change."""
+    return status.st_size, status.st_mtime_ns
+
+
+def check_stamp(descriptor: int, stamp: tuple[int, int]) -> None:
+    now = file_stamp(os.fstat(descriptor))
+    if now != stamp:
+        raise OSError(f"it changed after its header was read: {stamp[0]} bytes then, {now[0]} now")
+
+
+def read_exactly(descriptor: int, begin: int, view: memoryview) -> None:
+    done = 0
+    while done < len(view):  # one call gives 2 GiB at most
+        got = os.preadv(descriptor, [view[done:]], begin + done)
+        if not got:
+            raise OSError(f"it ends after {done} of {len(view)} bytes")
+        done += got
+
+
+class Shard:
+    """An open file that must stay what it was. (One that is replaced by another of its name stays readable here.)"""
+
+    def __init__(self, path: str, stamp: tuple[int, int]):
+        self.handle, self.stamp = open(path, "rb", buffering=0), stamp  # noqa: SIM115
+
+    def read(self, begin: int, view: memoryview) -> None:
+        """Fills `view` with the bytes from `begin` on. Raises OSError if the file changed, ends, or cannot be read."""
+        check_stamp(self.handle.fileno(), self.stamp)
+        read_exactly(self.handle.fileno(), begin, view)
+
+
+@dataclass
+class Part:
+    """One tensor of one expert on disk, and what the slots call it."""
+
+    parameter: str
+    source: "Source"
+    name: str
+
+
+@dataclass
+class ExpertFiles:
+    """The experts of a checkpoint by (layer, expert), as byte ranges of its files; counts what is read.
+
+    `shapes` are (N, M) by projection, which `weight_shape` must repeat.
+    """
+
+    parts: dict[Key, dict[str, list[Part]]]  # by projection
+    shapes: dict[str, tuple[int, int]]
+    bytes_read: int = 0
+    seconds: float = 0.0  # of all reading threads together
+    shards: dict[str, Shard] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        for projections in self.parts.values():
+            for part in (part for parts in projections.values() for part in parts):
+                if part.source.file not in self.shards:
+                    self.shards[part.source.file] = Shard(part.source.file, part.source.stamp)
+
+    def tasks(self, key: Key, out: dict[str, torch.Tensor]) -> list[Callable[[], None]]:
+        """What fills the tensors of a slot: one call for each projection, for threads of their own."""
+        return [lambda parts=parts: self._read(key, parts, out) for parts in self.parts[key].values()]
+
+    def _read(self, key: Key, parts: list[Part], out: dict[str, torch.Tensor]) -> None:
+        start, size = time.perf_counter(), 0
+        for part in parts:
+            source, place = part.source, out.get(part.parameter)
+            direct = place is not None and place.device.type == "cpu" and place.dtype == source.dtype
+            buffer = place if direct else torch.empty(source.shape, dtype=source.dtype)
+            view = memoryview(buffer.view(-1).view(torch.uint8).numpy())
+            try:
+                self.shards[source.file].read(source.begin, view)
+            except OSError as error:
+                raise OSError(
+                    f"expert {key[1]} of layer {key[0]}: {part.name} could not be read from {source.file}: {error}."
+                ) from error
+            if place is None:
+                self._check_shape(part, buffer.tolist())
+            elif not direct:
+                place.copy_(buffer)
+            size += len(view)
+        with self.lock:
+            self.bytes_read += size
+            self.seconds += time.perf_counter() - start
+
+    def _check_shape(self, part: Part, found: list[int]) -> None:
+        expected = list(self.shapes[part.name.split(".")[-2]])
+        if found != expected:
+            raise ValueError(
+                f"{part.name} of the checkpoint says {found}, but the config makes the matrix {expected}."
+            )
+
+    def will_need(self, keys: Iterable[Key]) -> None:
+        """Tells the system that these are read next, which it may do beforehand."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for key in keys:
+            for part in (part for parts in self.parts[key].values() for part in parts):
+                source = part.source
+                handle = self.shards[source.file].handle.fileno()
+                os.posix_fadvise(handle, source.begin, source.end - source.begin, os.POSIX_FADV_WILLNEED)
+
+
+# ------------------------------------------------------------------------------------------------------------- slots
+
+
+class ReadsExperts(Protocol):
+    """What a SlotCache is filled from."""
+
+    def tasks(self, key: Key, out: dict[str, torch.Tensor]) -> list[Callable[[], None]]: ...
+
+
+@dataclass(eq=False)
+class Entry:
+    """One expert in a slot. It is there when all `reads` are done."""
+
+    slot: int
+    reads: list[Future] = field(default_factory=list)
+    pins: int = 0
+
+    def is_done(self) -> bool:
+        return all(read.done() for read in self.reads)
+
+    def has_failed(self) -> bool:
+        return any(read.done() and read.exception() is not None for read in self.reads)
+
+
+class Worth:
+    """Recency and frequency in one number per expert: log2 of its uses, each halved every `half_life` tokens."""
+
+    def __init__(self, half_life: float, num_layers: int):
+        self.half_life, self.num_layers = half_life, num_layers
+        self.now = 0.0  # in half-lives
+        self.log2: dict[Key, float] = {}
+
+    def use(self, keys: Iterable[Key]) -> None:
+        """One pass of one layer."""
+        self.now += 1 / (self.half_life * self.num_layers)
+        for key in keys:
+            self.log2[key] = self._sum(self.log2.get(key, -math.inf), self.now)
+
+    def expect(self, key: Key, share: float) -> None:
+        """As if `share` of all tokens had used the expert until now."""
+        if share:
+            self.log2[key] = self._sum(
+                self.log2.get(key, -math.inf), self.now + math.log2(share * self.half_life / math.log(2))
+            )
+
+    @staticmethod
+    def _sum(a: float, b: float) -> float:
+        high, low = max(a, b), min(a, b)
+        return high + math.log2(1 + 2 ** max(low - high, -1074.0))
+
+
+class SlotCache:
+    """`capacity` experts on `device`, those of most worth.
+
+    `layout` gives shape and dtype of one expert's tensors by parameter name; `stacks` holds them as (capacity, ...).
+    Every method may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        source: ReadsExperts,
+        capacity: int,
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        worth: Worth,
+        device: torch.device | str = "cpu",
+        readers: int = READERS,
+        pin_memory: bool = False,
+    ):
+        self.source, self.capacity, self.device, self.worth = source, capacity, torch.device(device), worth
+        self.stacks = {
+            name: torch.empty((capacity, *shape), dtype=dtype, device=self.device, pin_memory=pin_memory)
+            for name, (shape, dtype) in layout.items()
+        }
+        self.entry_bytes = sum(stack[0].nbytes for stack in self.stacks.values())
+        self.entries: dict[Key, Entry] = {}
+        self.free = list(reversed(range(capacity)))
+        self.ranking: list[tuple[float, int, Key, Entry]] = []  # a heap; worth as it was when pushed
+        self.tiebreak = count()
+        self.threads = ThreadPoolExecutor(readers, "expert-reader")
+        self.lock = threading.RLock()
+        self.asked = self.misses = 0
+
+    def claim(
+        self, key: Key, keep: Iterable[Key] = (), spare: Iterable[Key] | None = None, pin: bool = False
+    ) -> Entry | None:
+        """The expert's entry, whose reading starts now if it was not there. None if no slot can be had.
+
+        Experts of `keep` stay. If no other can go, the first of `spare` that is here goes.
+        """
+        with self.lock:
+            entry = self.entries.get(key)
+            if entry is not None and entry.has_failed():  # try again
+                self._drop(key, entry)
+                entry = None
+            if entry is None:
+                slot = self._find_slot(keep, spare)
+                if slot is None:
+                    return None
+                self.misses += 1
+                self.entries[key] = entry = Entry(slot)
+                heapq.heappush(self.ranking, (self._rank(key), next(self.tiebreak), key, entry))
+                out = {name: stack[slot] for name, stack in self.stacks.items()}
+                entry.reads = [self.threads.submit(task) for task in self.source.tasks(key, out)]
+            entry.pins += pin
+            return entry
+
+    def await_entry(self, key: Key, entry: Entry) -> int:
+        """The slot, once the expert is in it. Raises what a read raised; then the slot is free and the next try reads
+        again."""
+        try:
+            for read in entry.reads:
+                read.result()
+        except BaseException:
+            with self.lock:
+                if self.entries.get(key) is entry:
+                    self._drop(key, entry)
+            raise
+        entry.reads = []
+        return entry.slot
+
+    def tasks(self, key: Key, out: dict[str, torch.Tensor]) -> list[Callable[[], None]]:
+        """As the source of a cache on another device."""
+        stream = None
+        if any(tensor.is_cuda for tensor in out.values()):
+            # Ordered after the products that still use the slot's old expert, and before those that use the new one.
+            stream = torch.cuda.current_stream(next(iter(out.values())).device)
+        return [lambda: self._copy(key, out, stream)]
+
+    def _copy(self, key: Key, out: dict[str, torch.Tensor], stream: Any) -> None:
+        with self.lock:
+            self.asked += 1
+            self.worth.use([key])
+            entry = self.claim(key, pin=True)
+        if entry is None:
+            raise RuntimeError(f"all {self.capacity} slots of {self.device} are in use at once.")
+        try:
+            slot = self.await_entry(key, entry)
+            with torch.cuda.stream(stream):  # which does nothing for None
+                for name, tensor in out.items():
+                    tensor.copy_(self.stacks[name][slot])
+        finally:
+            with self.lock:
+                entry.pins -= 1
+
+    def _find_slot(self, keep: Iterable[Key], spare: Iterable[Key] | None) -> int | None:
+        if not self.free:
+            victim = self._least_worth(keep)
+            if victim is None and spare is not None:
+                victim = next(
+                    (key for key in spare if key in self.entries and not self.entries[key].pins), None
+                )
+            if victim is None:
+                return None
+            self._drop(victim, self.entries[victim])
+        return self.free.pop()
+
+    def _least_worth(self, keep: Iterable[Key]) -> Key | None:
+        """One that is neither kept nor pinned, and not being read unless all others are."""
+        passed, victim, being_read = [], None, None
+        while self.ranking and victim is None:
+            rank, tie, key, entry = heapq.heappop(self.ranking)
+            if self.entries.get(key) is not entry:  # gone
+                continue
+            if rank < self._rank(key):  # used since
+                heapq.heappush(self.ranking, (self._rank(key), tie, key, entry))
+                continue
+            passed.append((rank, tie, key, entry))
+            if not entry.pins and key not in keep:
+                if entry.is_done():
+                    victim = key
+                elif being_read is None:
+                    being_read = key
+        for item in passed:
+            heapq.heappush(self.ranking, item)
+        return victim if victim is not None else being_read
+
+    def _rank(self, key: Key) -> float:
+        return self.worth.log2.get(key, -math.inf)
+
+    def _drop(self, key: Key, entry: Entry) -> None:
+        wait(entry.reads)  # a thread may still write into the slot
+        del self.entries[key]
+        self.free.append(entry.slot)
+
+    def num_cached(self) -> int:
+        with self.lock:
+            return sum(entry.is_done() and not entry.has_failed() for entry in self.entries.values())
+
+    def __deepcopy__(self, memo: dict) -> "SlotCache":
+        return self  # a copy of a model reads the same experts
+
+
+class Visit:
+    """One pass of a layer over `experts`, ascending ids. Only the thread that made it may use it."""
+
+    def __init__(self, cache: SlotCache, layer: int, experts: Sequence[int], num_experts: int):
+        self.cache, self.layer, self.experts, self.num_experts = cache, layer, experts, num_experts
+        self.place = {expert: place for place, expert in enumerate(experts)}
+        self.passed = self.ahead = 0  # places: experts behind us; experts whose reading was started
+        self.remaining = {(layer, expert) for expert in experts}
+
+    def read_ahead(self) -> None:
+        """Starts reading what comes next, as far as slots are free or hold what this pass does not need."""
+        while self.ahead < len(self.experts):
+            if self.cache.claim((self.layer, self.experts[self.ahead]), self.remaining) is None:
+                return
+            self.ahead += 1
+
+    def slot(self, expert: int) -> int:
+        """Where the expert is, once it is there; valid until a later one is asked for."""
+        for passed in self.experts[self.passed : self.place[expert]]:
+            self.remaining.discard((self.layer, passed))
+        self.passed = self.place[expert]
+        key = self.layer, expert
+        farthest = ((self.layer, other) for other in reversed(self.experts[self.passed + 1 :]))
+        entry = self.cache.claim(key, self.remaining, farthest)
+        self.read_ahead()
+        return self.cache.await_entry(key, entry)
+
+    def hold(self, experts: Iterable[int]) -> torch.Tensor:
+        """(E,) int64 slots by expert id, of these experts, all there at once; they must be no more than the slots."""
+        keys = {(self.layer, expert) for expert in experts}
+        entries = {key: self.cache.claim(key, keys) for key in sorted(keys)}
+        slots = torch.full((self.num_experts,), -1, dtype=torch.int64)
+        for (_, expert), entry in entries.items():
+            slots[expert] = self.cache.await_entry((self.layer, expert), entry)
+        return slots.to(self.cache.device)
+
+    def row_groups(self, topk_ids: torch.Tensor) -> Iterator[tuple[slice, set[int]]]:
+        """Cuts rows of ids (R, K) so that the experts of a group fit the slots."""
+        start, group = 0, set()
+        for row, chosen in enumerate(topk_ids.tolist()):
+            if len(group | set(chosen)) > self.cache.capacity:
+                yield slice(start, row), group
+                start, group = row, set()
+            group |= set(chosen)
+        yield slice(start, len(topk_ids)), group
