@@ -70,7 +70,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # A norm reads bf16 and sums in fp32, where squares would be written out: three times the input's size, in fp32.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         inverse_rms = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
         return self.weight * (x * inverse_rms).to(x.dtype)
 
