@@ -130,6 +130,13 @@ def write_model_configs(folder: Path, base: int, text: dict[str, Any], vision: d
     config["vision_config"].update(
         mm_hidden_size=sizes["vt_hidden_size"], text_hidden_size=config["text_config"]["hidden_size"]
     )
+    # transformers' own class has other names yet, and the full model's sizes and ids where they are missing.
+    config["vision_config"].update(
+        pos_emb_height=sizes["init_pos_emb_height"], pos_emb_width=sizes["init_pos_emb_width"]
+    )
+    config["projection_hidden_size"] = sizes["vt_hidden_size"]
+    offsets = {"vision_start_token_id": 18, "vision_end_token_id": 20, "image_token_id": 21}
+    config.update({name: base + offset for name, offset in offsets.items()})
     generation = json.loads((ROOT / "generation_config.json").read_text())
     for settings in (config, config["text_config"], generation):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "media_placeholder_token_id"):
