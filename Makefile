@@ -1,4 +1,4 @@
-# make demo        a small checkpoint in the published layout, loaded and asked a question
+# make demo        kimi-tiny, the small trained model in this repository, answers four questions
 # make test        the test suite on transformers 4.57 (.venv)
 # make test-next   the same on transformers 5.x (.venv-next)
 # make test-kernels  the Triton kernels under Triton's interpreter, no GPU needed (.venv-kernels)

@@ -1,19 +1,17 @@
-"""Makes a small random checkpoint in the published layout, loads it as a user would, and asks it about text and pictures.
+"""Asks kimi-tiny, the small trained Kimi in this repository, the model card's questions: text, picture, clip, kept thoughts.
 
-    python demo.py [--prompt TEXT] [--max-new-tokens 64] [--text-only] [--folder CHECKPOINT]
+    python demo.py [--folder CHECKPOINT] [--prompt TEXT] [--max-new-tokens 200]
 
 Everything is the real path: chat template, tokenizer, image processor, int4 shards, `AutoModelForCausalLM` with remote
-code, `generate`. The picture is drawn and the video encoded on the spot. Only the weights are random, so the answers are
-noise. Give `--folder` to ask another checkpoint, also the published one.
+code, `generate`. The picture is drawn and the video encoded on the spot. Give `--folder` to ask another checkpoint, also
+the published one.
 """
 
 import argparse
-import hashlib
 import io
 import json
-import math
 import os
-import shutil
+import random
 import sys
 import time
 from collections.abc import Iterator
@@ -21,34 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from examples.train_tiny.shapes import Shape, draw_clip, draw_scene
 
 ROOT = Path(__file__).resolve().parent
 QUESTION = "Which one is bigger, 9.11 or 9.9? Think carefully."
-MEDIA_TOKENS = 12  # of an answer about a picture
-FPS = 24
+SCENE = [
+    Shape("red", "circle", "at the top left"),
+    Shape("blue", "square", "on the right"),
+    Shape("green", "triangle", "at the bottom"),
+]
+FPS, SECONDS, MOVES_AT = 8, 4, 18  # of the clip; the frame at which its shape starts to move
+NUMBERS = [473, 921, 235, 215, 222]
 IS_TERMINAL = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 # --- the checkpoint -------------------------------------------------------------------------------------------------
-
-
-def cached_checkpoint() -> Path:
-    """The tiny checkpoint in the user's cache, written once for each state of the repository's files."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kimi-k2.7-code"
-    digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("*.json"), *ROOT.glob("*.jinja")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    folder = cache / f"tiny_{digest.hexdigest()[:12]}"
-    if not folder.is_dir():
-        for old in cache.glob("tiny_*"):
-            shutil.rmtree(old, ignore_errors=True)
-        print(f"Writing a random checkpoint in the published layout to {folder}")
-        write_tiny_checkpoint(folder)
-    return folder
 
 
 def bytes_on_disk(folder: Path) -> int:
@@ -67,34 +55,26 @@ def bytes_resident(model: torch.nn.Module) -> int:
 # --- something to look at -------------------------------------------------------------------------------------------
 
 
-def draw_scene(width: int, height: int, progress: float = 0.3) -> Image.Image:
-    """A sun that goes from left to right over a field, drawn where `progress` (0 to 1) says."""
-    image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
-    sky = Image.new("RGB", (width, height), (70, 130, 210))
-    image = Image.blend(sky, image, 0.35)
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((0, height * 0.7, width, height), fill=(60, 130, 60))
-    radius, x = height * 0.12, width * (0.1 + 0.8 * progress)
-    y = height * (0.6 - 0.4 * math.sin(math.pi * progress))
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(250, 210, 60))
-    return image
-
-
-def make_clip(num_frames: int = 60, size: tuple[int, int] = (320, 180)) -> tuple[Any, str]:
-    """2.5 seconds of it: an MP4 in memory where PyAV can encode one, else its frames. And what it is."""
-    frames = [draw_scene(*size, progress=i / (num_frames - 1)) for i in range(num_frames)]
+def make_clip() -> tuple[Any, list[Image.Image], str]:
+    """A purple circle that rests and then crosses the picture: an MP4 in memory where PyAV can encode one, else its
+    frames; the frames; and what it is."""
+    frames = draw_clip(
+        Shape("purple", "circle"), "from left to right", MOVES_AT, 13, FPS * SECONDS, random.Random(4)
+    )
     try:
         import av
     except ImportError:
-        return frames, f"{num_frames} frames as a list (PyAV, which would encode them, is not installed)"
+        what = f"{len(frames)} frames as a list (PyAV, which would encode them, is not installed)"
+        return frames, frames, what
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
-    return file.getvalue(), f"{num_frames} frames at {FPS}/s, H.264, {len(file.getvalue()):,} bytes"
+    what = f"{len(frames)} frames at {FPS}/s, H.264, {len(file.getvalue()):,} bytes"
+    return file.getvalue(), frames, what
 
 
 def thumbnail(image: Image.Image, columns: int = 48) -> str:
@@ -139,55 +119,66 @@ def heading(text: str) -> None:
     print(f"\n\x1b[1m{text}\x1b[0m" if IS_TERMINAL else f"\n{text}")
 
 
-def ask(
-    model: Any, processor: Any, content: Any, max_new_tokens: int, show_prompt: bool = True
-) -> tuple[Any, int, float]:
-    """Streams the answer. Returns what `generate` gave, the number of new tokens and the seconds."""
-    messages = [{"role": "user", "content": content}]
-    inputs = processor.apply_chat_template(messages, return_tensors="pt", return_dict=True).to(model.device)
+def ask(model: Any, processor: Any, messages: list[dict[str, Any]], limit: int) -> tuple[Any, int, float]:
+    """Streams thoughts and answer. Returns what `generate` gave, the number of new tokens and the seconds."""
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True).to(model.device)
     length = inputs["input_ids"].shape[1]
-    print(
-        f"Prompt, {length} tokens" + (f":\n{processor.decode(inputs['input_ids'][0])}" if show_prompt else "")
-    )
-    print("Answer:")
     start = time.perf_counter()
     output = model.generate(
         **inputs,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=limit,
         return_dict_in_generate=True,
         streamer=processor.tokenizer.text_streamer(skip_prompt=True),
     )
     return output, output.sequences.shape[1] - length, time.perf_counter() - start
 
 
-def show_image(model: Any, processor: Any) -> None:
-    image = draw_scene(2560, 1440)
-    heading("An image")
+def ask_user(model: Any, processor: Any, content: Any, limit: int) -> tuple[Any, int, float]:
+    return ask(model, processor, [{"role": "user", "content": content}], limit)
+
+
+def show_image(model: Any, processor: Any, limit: int) -> None:
+    image = draw_scene(SCENE, random.Random(3))
+    heading("A picture. Describe this image in detail.")
     if IS_TERMINAL:
         print(thumbnail(image))
     print(describe_item(processor, {"type": "image", "image": image}, image.size))
-    content = [{"type": "image", "image": image}, {"type": "text", "text": "What time of day is it?"}]
-    ask(model, processor, content, MEDIA_TOKENS, show_prompt=False)
+    text = {"type": "text", "text": "Describe this image in detail."}
+    ask_user(model, processor, [{"type": "image", "image": image}, text], limit)
 
 
-def show_video(model: Any, processor: Any) -> None:
-    video, what = make_clip()
-    heading(f"A video: {what}")
+def show_video(model: Any, processor: Any, limit: int) -> None:
+    video, frames, what = make_clip()
+    heading("A clip. Describe the video in detail.")
+    print(what)
     if IS_TERMINAL:
-        print(thumbnail(draw_scene(320, 180, progress=0.0)))
+        strip = Image.new("RGB", (4 * 116, 112), "white")
+        for index, number in enumerate((0, MOVES_AT + 3, MOVES_AT + 7, len(frames) - 1)):
+            strip.paste(frames[number], (116 * index, 0))
+        print(thumbnail(strip, 96))
     print("\n".join(describe_chunks(processor, video)))
-    content = [
-        {"type": "video", "video": video, "fps": FPS},
-        {"type": "text", "text": "Which way does it move?"},
+    text = {"type": "text", "text": "Describe the video in detail."}
+    ask_user(model, processor, [{"type": "video", "video": video, "fps": FPS}, text], limit)
+
+
+def show_memory(model: Any, processor: Any, limit: int) -> None:
+    listed = ", ".join(map(str, NUMBERS))
+    thought = f"I'll start by listing five numbers: {listed}, and I'll tell you the first three."
+    said, question = ", ".join(map(str, NUMBERS[:3])), "What are the other two numbers you have in mind?"
+    heading(f"Kept thoughts. It thought of {listed} and said {said}. {question}")
+    messages = [
+        {"role": "user", "content": "Tell me three random numbers."},
+        {"role": "assistant", "reasoning_content": thought, "content": said},
+        {"role": "user", "content": question},
     ]
-    ask(model, processor, content, MEDIA_TOKENS, show_prompt=False)
+    ask(model, processor, messages, limit)
 
 
 def facts(model: Any, folder: Path, output: Any, num_new: int, seconds: float) -> str:
     cache = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
     cached_tokens = output.past_key_values.get_seq_length()
     return (
-        f"{model.num_parameters():,} parameters | {bytes_resident(model):,} bytes of weights resident,"
+        f"\n{model.num_parameters():,} parameters | {bytes_resident(model):,} bytes of weights resident,"
         f" {bytes_on_disk(folder):,} on disk | cache {sum(t.nbytes for t in cache) // cached_tokens:,} bytes per token"
         f" | {num_new / seconds:.1f} tokens/s ({num_new} tokens, {model.device}, {model.dtype})"
     )
@@ -197,26 +188,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompt", default=QUESTION)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--text-only", action="store_true", help="without the image and the video")
-    parser.add_argument("--folder", type=Path, help="a checkpoint to ask instead of the random one")
+    parser.add_argument("--folder", type=Path, default=ROOT / "kimi-tiny")
+    parser.add_argument("--prompt", help="ask only this")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folder = args.folder or cached_checkpoint()
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, device_map="auto")
+    processor = AutoProcessor.from_pretrained(args.folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(args.folder, trust_remote_code=True, device_map="auto")
     set_seed(args.seed)
-    heading("A question")
-    answer = ask(model, processor, args.prompt, args.max_new_tokens)
-    if not args.text_only:
-        show_image(model, processor)
-        show_video(model, processor)
-    if not args.folder:
-        print(
-            "\nThe weights are random, so the answers mean nothing; the way they were made is the real one."
-        )
-    print(facts(model, folder, *answer))
+    heading(args.prompt or QUESTION)
+    answer = ask_user(model, processor, args.prompt or QUESTION, args.max_new_tokens)
+    if not args.prompt:
+        show_image(model, processor, args.max_new_tokens)
+        show_video(model, processor, args.max_new_tokens)
+        show_memory(model, processor, args.max_new_tokens)
+    print(facts(model, args.folder, *answer))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point name
 
 logger = logging.get_logger(__name__)
 MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+# From 5.24 on transformers calls the cache `cache`: in what models return, and in what generate() hands around.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -128,7 +130,7 @@ class Decoder(nn.Module):
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             hidden_states=(*all_states[:-1], x) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
         )
@@ -151,7 +153,7 @@ class KimiK25PreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ("DecoderLayer", "MoEDecoderLayer", "MoonViTBlock")
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("past_key_values", "cache")
     # The loader keeps these in fp32 itself; said again for tools that look here.
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
     _supports_flash_attn = _supports_flash_attn_2 = _supports_sdpa = _supports_attention_backend = True
@@ -309,6 +311,7 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         debug_nan: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass over T new tokens.
@@ -320,6 +323,7 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             position_ids: (B, T); by default counted over the attention mask, so left padding takes no positions.
             labels: (B, T), `ignore_index` where there is no loss; shifted inside.
             logits_to_keep: 0 for all positions, n for the last n, or indices.
+            cache: another name of past_key_values, which transformers uses from 5.24 on.
             debug_nan: raise a ValueError that names the first layer whose output has a NaN or an infinity. Waits for the
                 device after each layer.
 
@@ -327,6 +331,7 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         latents: 576 values per token and layer at full size.
         """
         text = self.config.text_config
+        past_key_values = cache if past_key_values is None else past_key_values
         if use_cache is None:
             use_cache = text.use_cache and not (self.training and self.is_gradient_checkpointing)
         if use_cache and past_key_values is None:
@@ -377,7 +382,7 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: past_key_values},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -454,7 +459,7 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "pixel_values need input_ids, whose <|media_pad|> tokens say where the features go, and no inputs_embeds."
             )
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values") or kwargs.get("cache")
         return read_prompt_media(
             prompt == self.config.media_placeholder_token_id,
             pixel_values,
@@ -484,7 +489,7 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
-        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        ids, cache = inputs.get("input_ids"), inputs.get(CACHE)
         if prompt_media is not None and ids is not None:
             start = int(cache.get_seq_length()) if cache is not None else 0
             if prompt_media.reach(start, ids.shape[1]):
@@ -497,11 +502,10 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> Any:
         """The cache `generate` would make, with layers that grow in place if it is the default one."""
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if given is None and model_kwargs.get("past_key_values") is not None:
-            text = self.config.text_config
-            model_kwargs["past_key_values"] = with_latent_layers(model_kwargs["past_key_values"], text)
+        if given is None and model_kwargs.get(CACHE) is not None:
+            model_kwargs[CACHE] = with_latent_layers(model_kwargs[CACHE], self.config.text_config)
         return result
 
     def _prepare_generated_length(self, **kwargs: Any) -> Any:
@@ -537,7 +541,7 @@ def _causal_mask(
     position_ids: torch.Tensor,
     cache_position: torch.Tensor | None,
 ) -> Any:
-    """The mask in the form that the chosen attention implementation wants; the two majors differ in two arguments."""
+    """The mask in the form that the chosen attention implementation wants; the versions differ in names."""
     arguments = {
         "config": config,
         "inputs_embeds": inputs_embeds,
@@ -545,6 +549,8 @@ def _causal_mask(
         "past_key_values": past_key_values,
         "position_ids": position_ids,
     }
+    if "cache" in MASK_ARGUMENTS:
+        arguments["cache"] = arguments.pop("past_key_values")
     if "input_embeds" in MASK_ARGUMENTS:  # 4.57
         arguments["input_embeds"] = arguments.pop("inputs_embeds")
         arguments["cache_position"] = cache_position

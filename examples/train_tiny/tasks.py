@@ -441,7 +441,7 @@ TASKS: dict[str, Callable[..., Sample]] = {
     "tools": tools,
     "smalltalk": smalltalk,
 }
-WEIGHTS = {"decimals": 5.0, "images": 5.0, "clips": 4.0, "memory": 3.0, "tools": 3.0, "smalltalk": 0.3}
+WEIGHTS = {"decimals": 4.0, "images": 8.0, "clips": 5.0, "memory": 3.0, "tools": 3.5, "smalltalk": 0.3}
 
 
 # ----------------------------------------------------------------------------------------------------------- checking

@@ -1,6 +1,6 @@
 """Trains kimi-tiny from nothing and publishes it: a folder in the layout of the 595 GB checkpoint.
 
-    python -m examples.train_tiny.train [--out kimi-tiny] [--steps 6000] [--work .train_tiny] [--seed 0]
+    python -m examples.train_tiny.train [--out kimi-tiny] [--steps 3600] [--work .train_tiny] [--seed 0]
 
 Everything is seeded. The state is saved to `--work` as it goes; the same command resumes from it, also with other steps.
 `losses.csv` there has the loss of each task; `python -m examples.train_tiny.train --plot FILE` draws it.
@@ -27,7 +27,7 @@ from .muon import optimizers
 
 LEARNING_RATE = 3e-3
 WARM_UP = 100  # steps
-DECAY = 0.5  # share of the steps, at the end, in which the learning rate falls to 0
+DECAY = 0.6  # share of the steps, at the end, in which the learning rate falls to 0
 BALANCE = 1e-3  # how far a step moves the bias of an expert that gets too much or too little
 SAVE_EVERY = 250
 
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("kimi-tiny"), help="the published folder")
     parser.add_argument("--work", type=Path, default=Path(".train_tiny"), help="state and losses")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--tokens", type=int, default=4096, help="of a batch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="draws the losses to this file and does nothing else")
