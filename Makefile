@@ -2,12 +2,13 @@
 # make test        the test suite on transformers 4.57 (.venv)
 # make test-next   the same on transformers 5.x (.venv-next)
 # make test-kernels  the Triton kernels under Triton's interpreter, no GPU needed (.venv-kernels)
+# make test-engines  kimi-tiny in other engines: transformers' own class, MLX, llama.cpp (builds it; .venv-engines)
 # make lint        formatting, lint and types
 # Needs Python 3.10 or later and make; each target makes the environment it runs in.
 
 PYTHON ?= python3
 
-.PHONY: demo test test-next test-kernels lint
+.PHONY: demo test test-next test-kernels test-engines lint
 
 demo: .venv/ready
 	.venv/bin/python demo.py
@@ -20,6 +21,9 @@ test-next: .venv-next/ready-dev
 
 test-kernels: .venv-kernels/ready
 	.venv-kernels/bin/python -m pytest tests/test_int4_triton.py tests/test_attention_triton.py $(ARGS)
+
+test-engines: .venv-engines/ready
+	.venv-engines/bin/python -m pytest -m engines tests/engines $(ARGS)
 
 lint: .venv/ready-dev
 	.venv/bin/ruff check .
@@ -45,4 +49,15 @@ lint: .venv/ready-dev
 	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt triton==3.6.0
 	# The interpreter of triton 3.6 needs an older numpy than the one pinned.
 	.venv-kernels/bin/python -m pip install --quiet --disable-pip-version-check "numpy==2.3.5; python_version >= '3.11'"
+	touch $@
+
+# One source package has both the library and the converter.
+LLAMA_CPP = llama_cpp_python-0.3.36
+.venv-engines/ready: requirements-engines.txt
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-engines.txt
+	.venv-engines/bin/python -m pip download --quiet --no-deps --no-binary :all: -d .venv-engines llama-cpp-python==0.3.36
+	.venv-engines/bin/python -m pip install --quiet --disable-pip-version-check .venv-engines/$(LLAMA_CPP).tar.gz
+	tar -xzf .venv-engines/$(LLAMA_CPP).tar.gz -C .venv-engines
+	ln -sfn $(LLAMA_CPP)/vendor/llama.cpp .venv-engines/llama.cpp
 	touch $@
