@@ -349,7 +349,7 @@ class MLA(nn.Module):
         if not self.wants_weights():
             attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
             # The fused kernels want one width for k and v; without it SDPA falls back to materialised scores.
-            value = F.pad(value, (0, query.shape[-1] - self.v_dim))
+            value = F.pad(value, (0, max(query.shape[-1] - self.v_dim, 0)))
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attention(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
