@@ -256,7 +256,7 @@ def prefill_inputs(batch, heads, new, total, dims, seed):
 
 
 def compiled_prefill(inputs, mask, offset, value_dim):
-    q_nope, _, kv, _ = inputs
+    q_nope = inputs[0]
     batch, heads, new, _ = q_nope.shape
     out = torch.full((batch, new, heads, value_dim), float("nan"), dtype=torch.bfloat16)
     kimi_cpu.prefill_attention(*inputs, mask, offset, 0.08, out.transpose(1, 2))
