@@ -40,7 +40,7 @@ from transformers.utils import logging
 from .configuration_kimi import KimiK25TextConfig
 from .kimi_cache import append
 from .kimi_cpu import absorb as kimi_cpu_absorb
-from .kimi_cpu import why_unavailable
+from .kimi_cpu import has_prefill_attention, prefill_attention, why_unavailable
 from .kimi_linear import Linear
 
 NO_TRITON: str | None = None
@@ -324,11 +324,10 @@ class MLA(nn.Module):
                 up = self.up_projections(latent) if up is None else up
                 kv = F.linear(latent.squeeze(1), up[part].flatten(0, 1))
             kv = kv.unflatten(-1, (-1, self.nope_dim + self.v_dim)).transpose(1, 2)
-            k_nope, value = kv.split((self.nope_dim, self.v_dim), dim=-1)
-            key = torch.cat((k_nope, k_pe.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
-            del kv, k_nope
-            query = torch.cat((q_nope[:, part], q_pe[:, part]), dim=-1)
-            output, scores = self.attend(query, key, value, attention_mask, **kwargs)
+            compiled = self.suits_compiled_prefill(q_nope, kv, attention_mask)
+            attend = self.attend_compiled if compiled else self.attend
+            output, scores = attend(q_nope[:, part], q_pe[:, part], kv, k_pe, attention_mask, **kwargs)
+            del kv
             outputs.append(output)
             weights.append(scores)
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)  # (B, T, h, dv)
@@ -336,23 +335,45 @@ class MLA(nn.Module):
 
     def attend(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        kv: torch.Tensor,
+        k_pe: torch.Tensor,
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention by the chosen implementation, (B, T, h, dv)."""
+        """Attention of some heads by the chosen implementation, kv (B, h, S, dn + dv); returns (B, T, h, dv)."""
+        k_nope, value = kv.split((self.nope_dim, self.v_dim), dim=-1)
+        key = torch.cat((k_nope, k_pe.expand(-1, kv.shape[1], -1, -1)), dim=-1)
+        query = torch.cat((q_nope, q_pe), dim=-1)
         attention: Callable = eager_attention
         if not self.wants_weights():
             attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
             # The fused kernels want one width for k and v; without it SDPA falls back to materialised scores.
-            value = F.pad(value, (0, query.shape[-1] - self.v_dim))
+            value = F.pad(value, (0, max(query.shape[-1] - self.v_dim, 0)))
         dropout = self.config.attention_dropout if self.training else 0.0
         output, weights = attention(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )
         return output[..., : self.v_dim], weights
+
+    def attend_compiled(
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        kv: torch.Tensor,
+        k_pe: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The same by the CPU's compiled code, which neither joins keys nor pads values."""
+        batch, heads, num_new, _ = q_nope.shape
+        output = q_nope.new_empty(batch, num_new, heads, self.v_dim)
+        mask = None if attention_mask is None else attention_mask[..., : kv.shape[2]]
+        # Without a mask the first T of S keys belong to the new tokens, see `readable_mask`; a single token sees all.
+        offset = 0 if mask is None and num_new > 1 else None
+        prefill_attention(q_nope, q_pe, kv, k_pe, mask, offset, self.scaling, output.transpose(1, 2))
+        return output, None
 
     def suits_compiled_code(
         self, q_nope: torch.Tensor, up: torch.Tensor, latent: torch.Tensor, mask: torch.Tensor | None
@@ -368,6 +389,18 @@ class MLA(nn.Module):
         return (
             plain and few and not recorded and not torch.compiler.is_compiling() and why_unavailable() is None
         )
+
+    def suits_compiled_prefill(
+        self, q_nope: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None
+    ) -> bool:
+        """Whether the CPU's compiled code can take the place of SDPA: bf16, nothing recorded or dropped."""
+        if self.config._attn_implementation != "sdpa" or kv.device.type != "cpu":
+            return False
+        plain = kv.dtype == q_nope.dtype == torch.bfloat16 and (mask is None or mask.dtype == torch.bool)
+        plain = plain and not (self.nope_dim % 2 or self.rope_dim % 2 or self.v_dim % 64)
+        plain = plain and not (self.training and self.config.attention_dropout)
+        recorded = torch.is_grad_enabled() and (q_nope.requires_grad or kv.requires_grad)
+        return plain and not recorded and not torch.compiler.is_compiling() and has_prefill_attention()
 
     def wants_weights(self) -> bool:
         return self.config._attn_implementation == "eager"

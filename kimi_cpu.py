@@ -1,4 +1,4 @@
-"""Products with packed int4 and bf16 matrices, and attention on the latent cache, on a CPU, for few rows, in C.
+"""Products with packed int4 and bf16 matrices and attention on a CPU, in C: for few rows, and attention for many too.
 
 A decoded token reads each weight once, so what counts is bytes per second. PyTorch's own bf16 product of one row with a
 matrix reaches about a third of the memory's rate, and nothing in it reads int4 words as the checkpoint has them. The C
@@ -427,6 +427,186 @@ int absorb(long B, long heads, long T, long S, long dn, long dv, long C, long D,
     free(memory);
     return 0;
 }
+
+#ifdef __AVX512BF16__
+/* Attention of many new tokens, for bf16 keys and values made from the latents. Q rows at a time meet PANEL keys at a time:
+
+     scores (Q_ROWS, KEYS)   q (Q_ROWS, dn + dr) times packed keys, fp32
+     p = 2^(scores - largest so far), bf16; sums and largest scores are kept for each row, fp32
+     out (Q_ROWS, dv)       out * 2^(largest before - largest so far) + p times packed values, fp32
+
+   Packed means that the two inputs of a bf16 dot product lie side by side: (depth / 2, PANEL, 2), PANEL columns of a
+   product. Of keys the depth is dn + dr, of values it is the keys. */
+enum { PANEL = 64, ROWS = 6, Q_ROWS = 96, KEYS = 256 };
+
+/* c (6, 64) fp32 = or += a (6, 2 pairs) times b, a packed panel. Sums stay in 24 registers. */
+static inline __attribute__((always_inline)) void tile_6x64(
+        const uint32_t *a, long a_stride, const uint32_t *b, long pairs, float *c, long c_stride, int add) {
+    __m512 sum[ROWS][4];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < 4; v++) sum[r][v] = add ? _mm512_loadu_ps(c + r * c_stride + 16 * v) : _mm512_setzero_ps();
+    for (long k = 0; k < pairs; k++) {
+        __m512bh column[4];
+        for (int v = 0; v < 4; v++) column[v] = (__m512bh)_mm512_loadu_si512(b + k * PANEL + 16 * v);
+        for (int r = 0; r < ROWS; r++) {
+            __m512bh pair = (__m512bh)_mm512_set1_epi32(a[r * a_stride + k]);
+            for (int v = 0; v < 4; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], pair, column[v]);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < 4; v++) _mm512_storeu_ps(c + r * c_stride + 16 * v, sum[r][v]);
+}
+
+/* 2^x for x <= 0, relative error 2e-7; 0 for -infinity. */
+static inline __m512 exp2_ps(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));  /* 2^-200 is 0 in what follows */
+    __m512 whole = _mm512_roundscale_ps(x, 0), f = _mm512_sub_ps(x, whole);
+    __m512 y = _mm512_set1_ps(1.54035304e-4f);  /* Taylor of 2^f, |f| <= 1/2 */
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.33335581e-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.61812911e-3f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55041087e-2f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40226507e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93147181e-1f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, whole);
+}
+
+/* One row's scores (KEYS) to p, of which the first `seen` keys, and of them those that the mask has, take part. Updates
+   the row's largest score and sum, returns what its output so far is to be multiplied by. */
+static inline float soften(const float *scores, long seen, const uint8_t *mask, float scale, float *top, float *sum, bf16 *p) {
+    __m512 most = _mm512_set1_ps(*top), x[KEYS / 16], total = _mm512_setzero_ps();
+    for (int i = 0; i < KEYS / 16; i++) {
+        long left = seen - 16 * i;
+        __mmask16 live = left >= 16 ? 0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+        if (mask && live) live &= _mm_test_epi8_mask(_mm_maskz_loadu_epi8(live, mask + 16 * i), _mm_set1_epi8(-1));
+        x[i] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), live, _mm512_loadu_ps(scores + 16 * i), _mm512_set1_ps(scale));
+        most = _mm512_max_ps(most, x[i]);
+    }
+    float now = _mm512_reduce_max_ps(most), before = *top;
+    __m512 base = _mm512_set1_ps(now);
+    for (int i = 0; i < KEYS / 16; i++) {
+        __m512 y = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x[i], _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ), exp2_ps(_mm512_sub_ps(x[i], base)));
+        total = _mm512_add_ps(total, y);
+        _mm256_storeu_si256((__m256i *)(p + 16 * i), (__m256i)_mm512_cvtneps_pbh(y));
+    }
+    float factor = exp2f(before - now);
+    *top = now;
+    *sum = *sum * factor + _mm512_reduce_add_ps(total);
+    return factor;
+}
+
+typedef struct { long T, S, D, V, offset; float scale; } attention_shape;
+
+static inline int hides_all(const uint8_t *mask, long stride, long rows, long live) {
+    for (long r = 0; r < rows; r++)
+        if (memchr(mask + r * stride, 1, live)) return 0;
+    return 1;
+}
+
+/* Rows first..last of one head: q is copied in already; writes out with `out_stride` between rows. */
+static void attend_rows(attention_shape n, long first, long last, const uint32_t *q, const uint32_t *keys,
+                        const uint32_t *values, const uint8_t *mask, float *memory, bf16 *out, long out_stride) {
+    float *scores = memory, *sums = scores + Q_ROWS * KEYS, *top = sums + Q_ROWS * n.V, *total = top + Q_ROWS;
+    uint32_t *p = (uint32_t *)(total + Q_ROWS);
+    long rows = (last - first + ROWS - 1) / ROWS * ROWS, end = n.offset < 0 ? n.S : n.offset + last;
+    if (end > n.S) end = n.S;
+    memset(sums, 0, Q_ROWS * n.V * sizeof(float));
+    memset(p, 0, Q_ROWS * KEYS * sizeof(bf16));
+    for (long r = 0; r < Q_ROWS; r++) { top[r] = -3e38f; total[r] = 0; }
+    for (long at = 0; at < end; at += KEYS) {
+        long live = end - at < KEYS ? end - at : KEYS, panels = (live + PANEL - 1) / PANEL;
+        if (mask && hides_all(mask + first * n.S + at, n.S, last - first, live)) continue;
+        for (long j = 0; j < panels; j++)
+            for (long r = 0; r < rows; r += ROWS)
+                tile_6x64(q + r * (n.D / 2), n.D / 2, keys + (at / PANEL + j) * (n.D / 2) * PANEL, n.D / 2,
+                          scores + r * KEYS + j * PANEL, KEYS, 0);
+        for (long r = 0; r < last - first; r++) {
+            long seen = n.offset < 0 ? live : n.offset + first + r + 1 - at;
+            if (seen > live) seen = live;
+            float factor = soften(scores + r * KEYS, seen, mask ? mask + (first + r) * n.S + at : 0, n.scale,
+                                  top + r, total + r, (bf16 *)(p + r * (KEYS / 2)));
+            if (factor != 1.0f)
+                for (long v = 0; v < n.V; v += 16)
+                    _mm512_storeu_ps(sums + r * n.V + v, _mm512_mul_ps(_mm512_loadu_ps(sums + r * n.V + v), _mm512_set1_ps(factor)));
+        }
+        for (long v = 0; v < n.V; v += PANEL)
+            for (long r = 0; r < rows; r += ROWS)
+                tile_6x64(p + r * (KEYS / 2), KEYS / 2, values + ((v / PANEL) * ((n.S + KEYS - 1) / KEYS * KEYS) + at) / 2 * PANEL,
+                          (live + 1) / 2, sums + r * n.V + v, n.V, 1);
+    }
+    for (long r = 0; r < last - first; r++) {
+        float inverse = total[r] > 0 ? 1 / total[r] : 0;
+        for (long v = 0; v < n.V; v++) out[r * out_stride + v] = narrow(sums[r * n.V + v] * inverse);
+    }
+}
+
+/* Keys at..at + KEYS of one head, packed: keys from k_nope and k_pe, and values. What lies behind S is zero. */
+static void pack_block(long at, long S, long dn, long dr, long dv, const bf16 *kv, long kv_stride, const bf16 *k_pe,
+                       long k_pe_stride, uint32_t *keys, uint32_t *values) {
+    long pairs = (dn + dr) / 2, rounded = (S + KEYS - 1) / KEYS * KEYS;
+    for (long s = at; s < at + KEYS; s++) {
+        uint32_t *to = keys + (s / PANEL) * pairs * PANEL + s % PANEL;
+        const uint32_t *nope = (const uint32_t *)(kv + s * kv_stride), *pe = (const uint32_t *)(k_pe + s * k_pe_stride);
+        for (long d = 0; d < dn / 2; d++) to[d * PANEL] = s < S ? nope[d] : 0;
+        for (long d = 0; d < dr / 2; d++) to[(dn / 2 + d) * PANEL] = s < S ? pe[d] : 0;
+    }
+    for (long s = at; s < at + KEYS; s += 2) {
+        const bf16 *one = kv + s * kv_stride + dn, *two = one + kv_stride;
+        for (long v = 0; v < dv; v++)
+            values[((v / PANEL) * rounded + s) / 2 * PANEL + v % PANEL] =
+                (s < S ? one[v] : 0) | ((uint32_t)(s + 1 < S ? two[v] : 0) << 16);
+    }
+}
+
+/* Attention of the heads of one group. q_nope (B, h, T, dn), q_pe (B, h, T, dr), kv (B, S, h, dn + dv) and k_pe (B, S, dr) by
+   strides (batch, head, token), in elements; mask (B or 1, T, S) bytes or null; a query t sees keys up to offset + t, or all
+   if offset is negative. out (B, T, ., dv) by strides. dn, dr even, dv a multiple of 64. */
+int prefill_attention(long B, long heads, long T, long S, long dn, long dr, long dv, long offset, float scale,
+                      const bf16 *q_nope, const long *nope_strides, const bf16 *q_pe, const long *pe_strides,
+                      const bf16 *kv, const long *kv_strides, const bf16 *k_pe, const long *k_pe_strides,
+                      const uint8_t *mask, long mask_batch, bf16 *out, const long *out_strides) {
+    long blocks = (S + KEYS - 1) / KEYS, rounded = blocks * KEYS, D = dn + dr, parts = (T + Q_ROWS - 1) / Q_ROWS;
+    long per_head = rounded * (D + dv) / 2, failed = 0;
+    attention_shape n = {T, S, D, dv, offset, scale * 1.44269504f};
+    uint32_t *packed = malloc(B * heads * per_head * sizeof(uint32_t));
+    if (!packed) return 1;
+    #pragma omp parallel
+    {
+        float *memory = malloc((Q_ROWS * (KEYS + dv + 2 + KEYS / 2 + D / 2)) * sizeof(float));
+        if (!memory) {
+            #pragma omp atomic write
+            failed = 1;
+        }
+        #pragma omp for collapse(2) schedule(static)
+        for (long head = 0; head < B * heads; head++)
+            for (long k = 0; k < blocks; k++) {
+                long b = head / heads, h = head % heads;
+                uint32_t *keys = packed + head * per_head;
+                pack_block(k * KEYS, S, dn, dr, dv, kv + b * kv_strides[0] + h * kv_strides[1], kv_strides[2],
+                           k_pe + b * k_pe_strides[0], k_pe_strides[2], keys, keys + rounded * D / 2);
+            }
+        #pragma omp for collapse(2) schedule(dynamic)
+        for (long head = 0; head < B * heads; head++)
+            for (long part = 0; part < parts; part++) {
+                if (!memory) continue;
+                long b = head / heads, h = head % heads, first = (parts - 1 - part) * Q_ROWS;  /* the longest first */
+                long last = first + Q_ROWS < T ? first + Q_ROWS : T;
+                uint32_t *q = (uint32_t *)(memory + Q_ROWS * (KEYS + dv + 2 + KEYS / 2)), *keys = packed + head * per_head;
+                for (long r = 0; r < Q_ROWS; r++) {
+                    bf16 *to = (bf16 *)(q + r * (D / 2));
+                    if (first + r >= last) { memset(to, 0, D * sizeof(bf16)); continue; }
+                    memcpy(to, q_nope + b * nope_strides[0] + h * nope_strides[1] + (first + r) * nope_strides[2], dn * sizeof(bf16));
+                    memcpy(to + dn, q_pe + b * pe_strides[0] + h * pe_strides[1] + (first + r) * pe_strides[2], dr * sizeof(bf16));
+                }
+                attend_rows(n, first, last, q, keys, keys + rounded * D / 2, mask ? mask + b * mask_batch : 0, memory,
+                            out + b * out_strides[0] + h * out_strides[1] + first * out_strides[2], out_strides[2]);
+            }
+        free(memory);
+    }
+    free(packed);
+    return (int)failed;
+}
+#endif
 """
 
 
@@ -587,3 +767,55 @@ def absorb(
     if failed:
         raise MemoryError(f"no memory for the scores of {num_new} new tokens against {num_total}")
     return output
+
+
+@functools.cache
+def has_prefill_attention() -> bool:
+    """Whether `prefill_attention` is there and the fastest way: where there are bf16 dot products, but no AMX, the matrix
+    unit that PyTorch's own attention uses."""
+    if why_unavailable() is not None or "amx_tile" in cpu_features().split():
+        return False
+    return hasattr(library(), "prefill_attention")
+
+
+def prefill_attention(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+    offset: int | None,
+    scaling: float,
+    out: torch.Tensor,
+) -> None:
+    """Attention of many new tokens, bf16: scores, softmax and sums in fp32, neither stored whole nor padded.
+
+    q_nope (B, h, T, dn), q_pe (B, h, T, dr), kv (B, h, S, dn + dv), k_pe (B, 1, S, dr), any strides but in the last
+    dimension; dn and dr even, dv a multiple of 64. mask (B or 1, 1, T, S) boolean or None. With an offset query t sees
+    keys up to offset + t. Writes out, (B, h, T, dv), also with any strides. A query that sees nothing gets zeros.
+    """
+    batch, heads, num_new, nope = q_nope.shape
+    num_total, rope = k_pe.shape[2:]
+    mask_batch = 0
+    if mask is not None:
+        mask = mask.expand(-1, 1, num_new, num_total).contiguous()
+        mask_batch = num_new * num_total if mask.shape[0] > 1 else 0
+    four = ctypes.c_long * 4
+
+    def given(tensor: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.Array]:
+        return address(tensor), four(*tensor.stride())
+
+    sizes = (batch, heads, num_new, num_total, nope, rope, out.shape[-1], -1 if offset is None else offset)
+    failed = library().prefill_attention(
+        *map(ctypes.c_long, sizes),
+        ctypes.c_float(scaling),
+        *given(q_nope),
+        *given(q_pe),
+        *given(kv),
+        *given(k_pe),
+        address(mask) if mask is not None else None,
+        ctypes.c_long(mask_batch),
+        *given(out),
+    )
+    if failed:
+        raise MemoryError(f"no memory for the keys and values of {heads} heads and {num_total} tokens")

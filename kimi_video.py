@@ -7,11 +7,15 @@
       timestamp = first index of a chunk / f as text, "00:00:02.100"; the container's own times are not used
 
 A video is opened once and tells its number of frames, its rate and the size of a frame before anything but the first
-frame is decoded. `ChunkFrames` then stands for the frames of a chunk and decodes one each time it is read, so that a
-video of two hours never lies decoded in memory. Reading in order decodes each frame once.
+frame is decoded. `ChunkFrames` then stands for the frames of a chunk and decodes them when they are read, so that of a
+video of two hours no more than one chunk lies decoded in memory.
 
 Decoders, through one seam (`open_video`): decord where it is installed, else PyAV, which also exists for ARM and
-newer Macs. Both turn frames upright as the container asks. Frames that are decoded already come as a list or as an
+newer Macs. Both turn frames upright as the container asks. decord decodes ahead in a thread of its own for as long as
+nobody reads, without a limit; so a chunk is read at once and the thread is stopped until the next one, which begins at
+the key frame before it. Where key frames are further apart than chunks, that is the dearer way, and PyAV is used if it
+is there. One thing decord does wrong: in a video with open groups of pictures (x265's default) the frames it gives may
+be up to three later than those asked for, the number of frames that are shown before the key frame they need. Frames that are decoded already come as a list or as an
 array (n, H, W, 3), with a rate or else counted as sampled.
 
 Decoders only ever get a local file or bytes, never an address, and nothing that is plain text: a playlist would make
@@ -72,6 +76,10 @@ class Video:
 
     def read(self, index: int) -> Image.Image:
         raise NotImplementedError
+
+    def read_chunk(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+        """Frames in order. May hold all of them decoded while the first ones are used."""
+        return map(self.read, indices)
 
 
 class FrameList(Video):
@@ -141,6 +149,26 @@ class DecordVideo(EncodedVideo):
         # Read one by one: four at a time (get_batch) held 170 MB at 1080p instead of 70. More threads were no faster.
         self.reader = import_decord().VideoReader(self.stream(), num_threads=1)
         return len(self.reader), float(self.reader.get_avg_fps())
+
+    def read(self, index: int) -> Image.Image:
+        frame = super().read(index)
+        self.rest()
+        return frame
+
+    def read_chunk(self, indices: Sequence[int]) -> Iterator[Image.Image]:
+        frames = [EncodedVideo.read(self, index) for index in indices]
+        self.rest()
+        frames.reverse()
+        while frames:  # none is held longer than needed
+            yield frames.pop()
+
+    def rest(self) -> None:
+        """Stops the decoding thread and drops what it has decoded ahead, which may be the whole video."""
+        self.reader.seek(0)  # exact for the first frame; `seek_accurate` would set the thread going again
+
+    def key_frame_distance(self) -> float:
+        """Frames from one key frame to the next, on average. Reading begins at a key frame after each rest."""
+        return self.num_frames / max(len(self.reader.get_key_indices()), 1)
 
     def decode(self, index: int) -> np.ndarray:
         try:
@@ -246,9 +274,22 @@ def open_video(
         data = read_source(source, "video", allowed_hosts)
         check_container(data, describe(source))
         video = choose_decoder(decoder)(data, describe(source))
+        if decoder is None and isinstance(video, DecordVideo):
+            video = prefer_pyav(video, sample_fps)
     if not video.num_frames:
         raise ValueError(f"{describe(source)} has no frames")
     return video
+
+
+def prefer_pyav(video: DecordVideo, sample_fps: float) -> Video:
+    """The same video by PyAV, if that is installed and key frames are further apart than chunks of four frames."""
+    if video.key_frame_distance() <= 4 * video.fps / sample_fps:
+        return video
+    try:
+        import_pyav()
+    except ImportError:
+        return video
+    return PyAVVideo(video.source, video.name)
 
 
 def check_container(data: bytes | Path, name: str) -> None:
@@ -275,7 +316,8 @@ def check_container(data: bytes | Path, name: str) -> None:
 
 
 class ChunkFrames(Sequence):
-    """The frames of one chunk as PIL images, decoded each time they are read. `size` (width, height) costs nothing."""
+    """The frames of one chunk as PIL images, decoded each time they are read: together by iterating, which is the faster
+    way, or one by one. `size` (width, height) costs nothing."""
 
     def __init__(self, video: Video, indices: Sequence[int]):
         self.video, self.indices, self.size = video, indices, video.size
@@ -287,3 +329,6 @@ class ChunkFrames(Sequence):
         if isinstance(position, slice):
             return ChunkFrames(self.video, self.indices[position])
         return self.video.read(self.indices[position])
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return self.video.read_chunk(self.indices)

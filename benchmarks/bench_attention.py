@@ -4,6 +4,7 @@
     python benchmarks/bench_attention.py --small              16 heads, depths to 16K: for a CPU (the default there)
     python benchmarks/bench_attention.py --backend triton     one of those below; again for more
     python benchmarks/bench_attention.py --tune               tries block sizes of the Triton kernel, prints the best
+    python benchmarks/bench_attention.py --crossover          new tokens from which expanding is faster than absorbing
 
 Decode is attention on the latent cache for one new token: q_latent, q_pe, latent, k_pe in, (B, h, 1, c) out. GB/s counts
 the cache, (c + dr) values a token, once. `cpu` also multiplies by kv_b_proj on both sides, in the same call. Prefill is
@@ -14,6 +15,7 @@ each run. On a GPU a measurement is one replay of a CUDA graph where the call ca
 """
 
 import argparse
+import functools
 import importlib
 import itertools
 import os
@@ -27,7 +29,7 @@ import torch
 from bench_experts import Clock, Unavailable, captured, ceilings, from_module, hardware
 
 from kimi.configuration_kimi import KimiK25Config
-from kimi.kimi_attention import MLA, latent_attention, latent_attention_sdpa, softmax_scale
+from kimi.kimi_attention import MLA, choose_path, latent_attention, latent_attention_sdpa, softmax_scale
 
 LATENT, ROPE, NOPE, VALUE = 512, 64, 128, 128
 SCALING = softmax_scale(KimiK25Config().text_config)
@@ -158,6 +160,34 @@ def prefill(arguments: argparse.Namespace, clock: Clock, product_rate: float) ->
     )
 
 
+def crossover(arguments: argparse.Namespace, clock: Clock) -> None:
+    """Both readings of the same call, `MLA.absorb` and `MLA.expand`, with the mask that a cache brings."""
+    config = KimiK25Config().text_config
+    config.num_attention_heads, config._attn_implementation = arguments.heads, "sdpa"
+    module = MLA(config, 0).to(clock.device, torch.bfloat16).eval()
+    print(f"\nabsorb or expand, {arguments.heads} heads, batch 1; * is what choose_path takes")
+    print(f"{'cached':>7} {'new':>5} {'absorb ms':>11} {'expand ms':>11} {'absorb/expand':>14}")
+    for cached, new in itertools.product(arguments.depth, (1, 2, 4, 8, 16, 32, 64, 128, 256)):
+        total = cached + new
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=clock.device, dtype=torch.bfloat16)
+
+        inputs = [normal(1, arguments.heads, new, dim) for dim in (NOPE, ROPE)]
+        inputs += [normal(1, 1, total, dim) for dim in (LATENT, ROPE)]
+        mask = torch.ones(1, 1, new, total, dtype=torch.bool, device=clock.device).tril(cached)
+        seconds = {}
+        for path in ("absorb", "expand"):
+            call = functools.partial(getattr(module, path), *inputs, mask)
+            call()
+            seconds[path], _ = clock.median(call)
+        chosen = choose_path("auto", new, total)
+        shown = [f"{seconds[path] * 1e3:10.2f}{'*' if path == chosen else ' '}" for path in seconds]
+        print(
+            f"{cached:7} {new:5} {' '.join(shown)} {seconds['absorb'] / seconds['expand']:14.2f}", flush=True
+        )
+
+
 def tune(arguments: argparse.Namespace, clock: Clock) -> None:
     triton_backend()
     k = importlib.import_module("kimi.kimi_attention_triton")
@@ -194,6 +224,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, help="tokens of the prompt; 0 for none")
     parser.add_argument("--small", action="store_true", help="16 heads, depths to 16K, batch 1 and 4")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of repeats per measurement")
+    parser.add_argument("--crossover", action="store_true", help="absorb against expand, by new tokens")
     parser.add_argument("--tune", action="store_true", help="search block sizes of the Triton kernel")
     parser.add_argument("--verbose", action="store_true", help="with --tune: why a candidate did not run")
     arguments = parser.parse_args()
@@ -208,6 +239,8 @@ def main() -> None:
     }
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
+            if name == "depth" and arguments.crossover:
+                value = [512, 2048, 8192]
             setattr(arguments, name, value)
     torch.manual_seed(0)
     print("command: python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]))
@@ -219,8 +252,8 @@ def main() -> None:
             f"measured ceilings: copy {copy_rate / 1e9:.0f} GB/s, bf16 product {product_rate / 1e12:.2f} TFLOP/s; 2 runs"
             f" unmeasured, then 3 to 50 within {arguments.budget:g} s"
         )
-        if arguments.tune:
-            tune(arguments, clock)
+        if arguments.tune or arguments.crossover:
+            (tune if arguments.tune else crossover)(arguments, clock)
             return
         decode(arguments, clock, copy_rate)
         if arguments.prefill:

@@ -92,7 +92,7 @@ def qwen_way(case: str, path: str, decoder: str) -> Callable[[], tuple[int, int]
                 output = slow.preprocess(images=[image], return_tensors="np")
         else:
             video = open_video(path, decoder=decoder)
-            frames = [video.read(i) for i in sample_frames(video.num_frames, video.fps, 2.0)]
+            frames = list(video.read_chunk(sample_frames(video.num_frames, video.fps, 2.0)))
             # Frame by frame as images on 5.x, whose slow class takes no videos any more.
             is_old = int(transformers.__version__.split(".")[0]) < 5
             inputs: dict[str, Any] = {"images": None, "videos": [frames]} if is_old else {"images": frames}

@@ -2,6 +2,8 @@
 
 import platform
 import sys
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +25,35 @@ def write_clip(
     size: tuple[int, int] = (64, 48),
     codec: str = "libx264",
     faststart: bool = False,
+    gop: int = 10,
+    durations: Sequence[int] = (),
+    **options: str,
 ) -> Path:
-    """`size` is (width, height). A key frame every ten; the left half of each frame is darker by 40 levels."""
+    """`size` is (width, height). A key frame every `gop`; the left half of each frame is darker by 40 levels.
+
+    durations: of frames, in turns, in 600ths of a second, for a variable rate. options: the encoder's.
+    """
     import av
 
     width, height = size
     with av.open(str(path), "w", options={"movflags": "faststart"} if faststart else {}) as container:
         stream = container.add_stream(codec, rate=fps)
-        stream.width, stream.height, stream.gop_size = width, height, 10
+        stream.width, stream.height, stream.gop_size, stream.options = width, height, gop, options
+        shown = 0
+        if durations:
+            stream.codec_context.time_base = Fraction(1, 600)
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         for index in range(num_frames):
             pixels = np.full((height, width, 3), grey(index), np.uint8)
             pixels[:, : width // 2] = np.maximum(pixels[:, : width // 2].astype(int) - 40, 0)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if durations:
+                frame.pts, frame.time_base, shown = (
+                    shown,
+                    Fraction(1, 600),
+                    shown + durations[index % len(durations)],
+                )
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
 

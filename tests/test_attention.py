@@ -22,8 +22,8 @@ from kimi.kimi_attention import (
 from kimi.kimi_cache import new_cache
 
 
-def mla(path="auto", attn="eager", dtype=torch.float32, seed=0):
-    config = small_config().text_config
+def mla(path="auto", attn="eager", dtype=torch.float32, seed=0, **text):
+    config = small_config(text=text).text_config
     config._attn_implementation, config.mla_path = attn, path
     torch.manual_seed(seed)
     module = MLA(config, 0).to(dtype).eval()
@@ -193,6 +193,54 @@ def test_bf16_paths_differ_by_rounding_only():
     for path in ("expand", "absorb-eager", "absorb-sdpa"):
         got = run(mla(path, "sdpa", torch.bfloat16), x.bfloat16(), causal(64, 64))
         assert_close(got / scale, want / scale, 0.03, f"bf16 {path}, a few roundings of 2^-8")
+
+
+@pytest.mark.skipif(not kimi_attention.has_prefill_attention(), reason="needs bf16 dot products, and no AMX")
+@pytest.mark.parametrize("limit", [1, 2**28])
+@pytest.mark.parametrize("cached", [0, 37])
+def test_compiled_prefill_is_sdpa(limit, cached, monkeypatch):
+    """In all groups of heads, with a mask and without, a whole prompt and one after a cache."""
+    monkeypatch.setattr(kimi_attention, "WORKSPACE_BYTES", limit)
+    x = torch.randn(2, cached + 150, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+    visible = torch.arange(cached + 150).expand(2, -1) >= torch.tensor([[0], [20]])
+    calls, original = [], kimi_attention.prefill_attention
+    monkeypatch.setattr(kimi_attention, "prefill_attention", lambda *a: calls.append(1) or original(*a))
+    outputs = []
+    for compiled in (True, False):
+        monkeypatch.setattr(kimi_attention, "has_prefill_attention", lambda compiled=compiled: compiled)
+        module = mla("expand", "sdpa", torch.bfloat16, v_head_dim=64)
+        cache = new_cache(module.config)
+        if cached:
+            run(module, x[:, :cached], None, cache)
+        mask = causal(cached + 150, 150, visible) if cached else None
+        outputs.append(run(module, x[:, cached:], mask, cache, cached))
+    groups = 4 if limit == 1 else 1
+    assert len(calls) == groups * (2 if cached else 1)
+    seen = outputs[1].float()
+    if (
+        cached
+    ):  # what the hidden tokens themselves give does not matter, and SDPA's rows that see nothing differ
+        assert torch.isfinite(outputs[0]).all()
+    assert_close(
+        outputs[0].float() / seen.abs().max(), seen / seen.abs().max(), 0.03, "bf16, other roundings"
+    )
+
+
+@pytest.mark.skipif(not kimi_attention.has_prefill_attention(), reason="needs bf16 dot products, and no AMX")
+def test_compiled_prefill_only_where_it_may(monkeypatch):
+    calls, original = [], kimi_attention.prefill_attention
+    monkeypatch.setattr(kimi_attention, "prefill_attention", lambda *a: calls.append(1) or original(*a))
+    x = torch.randn(1, 20, 64)
+    run(mla("expand", "sdpa", v_head_dim=64), x)  # fp32
+    run(mla("expand", "eager", torch.bfloat16, v_head_dim=64), x.bfloat16(), causal(20, 20))
+    run(mla("expand", "sdpa", torch.bfloat16, v_head_dim=12), x.bfloat16())
+    module = mla("expand", "sdpa", torch.bfloat16, v_head_dim=64)
+    run(module, x.bfloat16(), torch.zeros(1, 1, 20, 20).masked_fill(~causal(20, 20), -1e9).bfloat16())
+    angles = RotaryEmbedding(module.config)(torch.arange(20)[None])
+    module(x.bfloat16(), angles)[0].float().sum().backward()
+    assert module.kv_b_proj.weight.grad.abs().sum() > 0 and not calls
+    run(module, x.bfloat16())
+    assert calls == [1]
 
 
 def test_up_projections_are_a_view_and_follow_the_weight():

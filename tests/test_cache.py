@@ -1,11 +1,12 @@
 """The latent in transformers' cache classes: static = dynamic, growing in place, crop, reorder, repeat, select."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, StaticCache, cache_utils
+from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer
 
 from builders import assert_close, golden_model
 from kimi.kimi_cache import LatentLayer, new_cache, with_latent_layers
@@ -132,3 +133,102 @@ def test_only_an_untouched_default_cache_is_replaced(model):
     for kept in (used, static, DynamicCache(config=text, offloading=True)):
         assert with_latent_layers(kept, text) is kept
     assert type(used.layers[0]) is DynamicLayer
+
+
+class EightBitLayer(QuantizedLayer):
+    """A backend in plain torch for transformers' quantised cache: 8 bits, a scale and a zero point for each token."""
+
+    def _quantize(self, tensor, axis):
+        low, high = tensor.aminmax(dim=-1, keepdim=True)
+        scale = ((high - low) / 255).clamp(min=1e-8)
+        return ((tensor - low) / scale).round().to(torch.uint8), scale, low
+
+    def _dequantize(self, quantized):
+        codes, scale, low = quantized
+        return codes * scale + low
+
+
+def relative_error(got, want):
+    return float((got - want).norm() / want.norm())
+
+
+def quantized_cache(config, layer_class=EightBitLayer, **settings):
+    return Cache(layers=[layer_class(**settings) for _ in range(config.num_hidden_layers)])
+
+
+@pytest.mark.parametrize("cuts", [[], [9, 10, 11, 30], list(range(1, 40))])
+@pytest.mark.parametrize("residual_length", [4, 128])
+def test_a_quantized_cache_keeps_logits_close(model, cuts, residual_length):
+    """Latent and rotated key differ in width, and each is quantised as it is; a few recent tokens stay exact."""
+    text = model.config.text_config
+    with torch.no_grad():
+        want = model(IDS, use_cache=False).logits
+    cache = quantized_cache(text, residual_length=residual_length)
+    got = feed(model, cache, IDS, cuts)
+    assert cache.get_seq_length() == 40
+    codes = cache.layers[0]._quantized_keys[0], cache.layers[0]._quantized_values[0]
+    assert [tensor.shape[-1] for tensor in codes] == [text.kv_lora_rank, text.qk_rope_head_dim]
+    assert (
+        relative_error(got, want) < 0.05
+    )  # 8 bits for a value; single logits move more where an expert changes
+    if cuts:
+        assert not got.equal(want), "it was quantised"
+
+
+def test_generate_with_a_quantized_cache(model):
+    cache = quantized_cache(model.config.text_config, residual_length=4)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+    out = model.generate(
+        IDS,
+        attention_mask=torch.ones_like(IDS),
+        past_key_values=cache,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    with torch.no_grad():
+        want = model(out.sequences[:, :-1], use_cache=False).logits[:, 39:]
+    assert relative_error(torch.stack(out.logits, 1), want) < 0.05
+    assert cache.get_seq_length() == 51
+
+
+@pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="transformers 4.57 has no fp8 cache"
+)
+def test_transformers_own_fp8_cache(model):
+    with torch.no_grad():
+        want = model(IDS, use_cache=False).logits
+    cache = cache_utils.QuantizedCache("fp8", model.config.text_config)
+    got = feed(model, cache, IDS, [20, 21])
+    assert relative_error(got, want) < 0.1  # three bits of mantissa
+    assert cache.layers[0].get_seq_length() == 40
+
+
+class NoStream(contextlib.nullcontext):
+    """Stands for a CUDA stream where there is none."""
+
+    def wait_stream(self, stream):
+        pass
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_an_offloaded_cache_without_its_gpu(model, cache_class, monkeypatch):
+    """What can be seen on a CPU: each layer goes to another memory after its update and comes back before the next."""
+    text, moves = model.config.text_config, []
+
+    def move(self, name):
+        if self.is_initialized:
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+            moves.append((name, self))
+
+    for name in ("offload", "prefetch"):
+        monkeypatch.setattr(cache_utils.CacheLayerMixin, name, lambda self, name=name: move(self, name))
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: NoStream())
+    settings = {} if cache_class is DynamicCache else {"max_cache_len": 48}
+    cache = cache_class(config=text, offloading=True, **settings)
+    with torch.no_grad():
+        want = model(IDS, use_cache=False).logits
+    assert_close(feed(model, cache, IDS, [20, 21]), want, 1e-5, "fp32")
+    for layer in cache.layers:
+        assert ("offload", layer) in moves and ("prefetch", layer) in moves

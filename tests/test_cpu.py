@@ -235,6 +235,97 @@ def test_backends_are_chosen_in_one_place_and_say_why_not(monkeypatch):
         small_config().int4_backend = "fast"
 
 
+has_prefill = pytest.mark.skipif(
+    kimi_cpu.why_unavailable() is not None or not hasattr(kimi_cpu.library(), "prefill_attention"),
+    reason=f"needs bf16 dot products (AVX-512); compiled code: {kimi_cpu.why_unavailable() or 'there'}",
+)
+
+
+def prefill_inputs(batch, heads, new, total, dims, seed):
+    """q_nope and q_pe, kv and k_pe with the strides they have in the model: heads lie within a token."""
+    nope, rope, value = dims
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return (torch.randn(shape, generator=generator) * 1.5).bfloat16()
+
+    q = normal(batch, new, heads, nope + rope).transpose(1, 2)
+    kv = normal(batch, total, heads, nope + value).transpose(1, 2)
+    k_pe = normal(batch, 1, total + 7, rope)[:, :, :total]  # the filled part of a larger buffer
+    return q[..., :nope], q[..., nope:].contiguous(), kv, k_pe
+
+
+def compiled_prefill(inputs, mask, offset, value_dim):
+    q_nope = inputs[0]
+    batch, heads, new, _ = q_nope.shape
+    out = torch.full((batch, new, heads, value_dim), float("nan"), dtype=torch.bfloat16)
+    kimi_cpu.prefill_attention(*inputs, mask, offset, 0.08, out.transpose(1, 2))
+    assert torch.isfinite(out).all()
+    return out
+
+
+def attention_in_fp64(inputs, visible):
+    """(B, T, h, dv); visible (B or 1, 1, T, S) booleans. Zeros for a query that sees nothing."""
+    q_nope, q_pe, kv, k_pe = (tensor.double() for tensor in inputs)
+    nope = q_nope.shape[-1]
+    key = torch.cat((kv[..., :nope], k_pe.expand(-1, kv.shape[1], -1, -1)), -1)
+    scores = torch.cat((q_nope, q_pe), -1) @ key.transpose(-1, -2) * 0.08
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num()
+    return (weights @ kv[..., nope:]).transpose(1, 2)
+
+
+@has_prefill
+@given(
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    new=st.sampled_from((1, 5, 96, 97, 200)),
+    cached=st.sampled_from((0, 1, 63, 300)),
+    kind=st.sampled_from(("offset", "everything", "mask", "causal mask")),
+    dims=st.sampled_from(((128, 64, 128), (16, 8, 64), (2, 2, 192))),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_attention_of_many_tokens(batch, heads, new, cached, kind, dims, seed):
+    """Sizes around the blocks of 96 queries and 64 and 256 keys, all kinds of masks, against fp64."""
+    total = new + cached
+    inputs = prefill_inputs(batch, heads, new, total, dims, seed)
+    visible = torch.ones(batch, 1, new, total, dtype=torch.bool)
+    if kind in ("offset", "causal mask"):
+        visible = visible.tril(cached)
+    if kind == "mask":
+        visible = torch.rand(batch, 1, new, total, generator=torch.Generator().manual_seed(seed)) < 0.4
+        visible[0, 0, -1] = False
+    mask = visible if "mask" in kind else None
+    got = compiled_prefill(inputs, mask, cached if kind == "offset" else None, dims[2])
+    want = attention_in_fp64(inputs, visible)
+    assert_close(got, want, 0.02 * float(want.abs().max() + 1e-30), "bf16 weights and outputs, 2^-8 each")
+
+
+@has_prefill
+def test_attention_of_many_tokens_with_extreme_scores():
+    """Softmax is that of fp32 on fp32 scores: scores of hundreds, and equal ones."""
+    inputs = prefill_inputs(1, 2, 130, 130, (128, 64, 128), 0)
+    visible = torch.ones(1, 1, 130, 130, dtype=torch.bool).tril()
+    for factor in (0.0, 30.0):
+        scaled = (inputs[0] * factor, inputs[1] * factor, *inputs[2:])
+        want = attention_in_fp64(scaled, visible)
+        got = compiled_prefill(scaled, None, 0, 128)
+        assert_close(got, want, 0.02 * float(want.abs().max()), "bf16 weights and outputs")
+
+
+@has_prefill
+def test_threads_do_not_change_attention():
+    inputs = prefill_inputs(2, 3, 300, 300, (128, 64, 128), 1)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results.append(compiled_prefill(inputs, None, 0, 128))
+    finally:
+        torch.set_num_threads(before)
+    assert results[0].equal(results[1]) and results[0].equal(results[2])
+
+
 @compiled
 def test_a_whole_model_decodes_the_same_with_and_without():
     torch.manual_seed(0)

@@ -524,6 +524,73 @@ def test_chunk_frames_decode_when_read_and_only_then(clip, decoder, monkeypatch)
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("closed.mp4", {"gop": 60, "bf": "3"}),
+        ("odd.mp4", {"gop": 7, "bf": "2"}),
+        ("uneven.mp4", {"gop": 20, "bf": "2", "durations": (10, 20, 37, 5, 60)}),
+        ("uneven.mkv", {"gop": 25, "bf": "3", "durations": (20, 40)}),
+    ],
+)
+def test_every_frame_is_the_right_one_in_chunks_of_any_kind(tmp_path, name, options, decoder):
+    """B-frames, groups of pictures of odd length, variable frame rates."""
+    path = write_clip(tmp_path / name, preset="medium", **options)
+    video = open_video(path, decoder=decoder)
+    for step in (1, 2, 5, 9):
+        indices = list(range(0, 60, step))
+        chunks = [ChunkFrames(video, indices[start : start + 4]) for start in range(0, len(indices), 4)]
+        assert [index_of(frame) for chunk in chunks for frame in chunk] == indices
+    assert [index_of(video.read(index)) for index in (31, 30, 58, 2)] == [31, 30, 58, 2]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_frames_shown_before_the_key_frame_they_need(tmp_path, decoder):
+    """Open groups of pictures: such frames come after their key frame in the file, and decord counts as if they did not
+    exist when it begins to read there. PyAV is exact."""
+    open_gop = {"bf": "3", "x264-params": "open-gop=1:keyint=13:min-keyint=13"}
+    path = write_clip(tmp_path / "open.mp4", preset="medium", **open_gop)
+    frames = [index_of(frame) for frame in ChunkFrames(open_video(path, decoder=decoder), range(60))]
+    too_late = [frame - index for index, frame in enumerate(frames)]
+    assert set(too_late) == {0} if decoder == "pyav" else 0 <= min(too_late) <= max(too_late) <= 3
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_a_slow_reader_does_not_fill_the_memory(tmp_path, decoder):
+    """decord decodes on while nobody reads; 240 frames of 640 x 360 would take 166 MB."""
+
+    def resident_mb():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1000
+
+    path = write_clip(tmp_path / "clip.mp4", num_frames=240, size=(640, 360), preset="ultrafast")
+    video = open_video(path, decoder=decoder)
+    before = resident_mb()
+    for start in (0, 60, 120):
+        assert len(list(ChunkFrames(video, range(start, start + 60, 15)))) == 4
+        time.sleep(0.4)
+    video.read(5)
+    time.sleep(0.4)
+    assert resident_mb() - before < 40
+
+
+@pytest.mark.skipif("decord" not in DECODERS, reason="decord has no wheel for this platform")
+def test_pyav_reads_what_decord_would_decode_again_and_again(tmp_path, monkeypatch):
+    often = write_clip(tmp_path / "often.mp4", gop=60)
+    seldom = write_clip(tmp_path / "seldom.mp4", num_frames=90, gop=90)
+    assert isinstance(open_video(often), kimi_video.DecordVideo)
+    assert isinstance(open_video(seldom), kimi_video.PyAVVideo)
+    assert isinstance(open_video(seldom, decoder="decord"), kimi_video.DecordVideo)
+
+    def absent():
+        raise ImportError("PyAV: No module named 'av'")
+
+    monkeypatch.setattr(kimi_video, "import_pyav", absent)
+    assert isinstance(open_video(seldom), kimi_video.DecordVideo)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
     ("source", "kind", "sentence"),
     [
         (b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1/x.ts\n", ValueError, r"is text, not a video"),
