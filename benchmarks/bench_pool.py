@@ -5,7 +5,7 @@
     python benchmarks/bench_pool.py --make /scratch/subset --experts 16  # 8.7 GB
     python benchmarks/bench_pool.py /scratch/subset --equal 600MB        # the same logits as all experts in memory?
     python benchmarks/bench_pool.py --policies                           # simulated on a recorded trace
-    python benchmarks/bench_pool.py /scratch/real_width --readers        # threads and advice: GB/s of cold expert reads
+    python benchmarks/bench_pool.py /scratch/real_width --readers        # threads: GB/s of cold expert reads
 
 Each size runs in a process of its own, on files that were dropped from the page cache (posix_fadvise) beforehand; during
 a run the system keeps in it what it likes. Weights are random, so routing is more even than a trained model's: hit rates
@@ -277,21 +277,16 @@ def measure_readers(folder: str, number: int) -> None:
     layout = {name: (tuple(stack.shape[1:]), stack.dtype) for name, stack in cache.stacks.items()}
     keys = random.Random(0).sample(sorted(files.parts), number)
     for readers in (1, 2, 4, 8):
-        for advised in (False, True):
+        for _ in range(2):
             drop_from_page_cache(folder)
             fresh = SlotCache(files, number, layout, Worth(kimi_pool.HALF_LIFE, 1), readers=readers)
             for stack in fresh.stacks.values():
                 stack.zero_()  # touches the pages, which is not what is measured
             before, start = files.bytes_read, time.perf_counter()
-            if advised:
-                files.will_need(keys)
             for key, entry in [(key, fresh.claim(key)) for key in keys]:
                 fresh.await_entry(key, entry)
             rate = (files.bytes_read - before) / (time.perf_counter() - start) / 1e9
-            print(
-                f"{readers} threads, {'WILLNEED first' if advised else 'no advice':14s}: {rate:.2f} GB/s",
-                flush=True,
-            )
+            print(f"{readers} threads: {rate:.2f} GB/s", flush=True)
 
 
 def main() -> None:
