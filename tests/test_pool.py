@@ -315,7 +315,10 @@ def test_the_resident_set_holds_the_slots_and_not_the_experts(tmp_path):
     all_of_it, pooled = measured.values()
     assert all_of_it["logits"] == pooled["logits"]
     experts = on_disk - 20e6
-    assert all_of_it["peak"] - pooled["peak"] > experts - 45e6 - 80e6, (measured, "slots, and what loading takes")
+    assert all_of_it["peak"] - pooled["peak"] > experts - 45e6 - 80e6, (
+        measured,
+        "slots, and what loading takes",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ files that go wrong
