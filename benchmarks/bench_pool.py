@@ -1,14 +1,14 @@
 """Experts from disk: what a cache of a given size is worth, and which policy should fill it.
 
     python benchmarks/bench_pool.py --make /scratch/real_width           # 36 GB: published sizes, 4 layers, 384 experts
-    python benchmarks/bench_pool.py /scratch/real_width --sizes 1GB 3GB 6GB --plot docs/pool.png
+    python benchmarks/bench_pool.py /scratch/real_width --sizes 600MB 2GB 4GB 6GB --cold --plot docs/pool.png
     python benchmarks/bench_pool.py --make /scratch/subset --experts 16  # 8.7 GB
     python benchmarks/bench_pool.py /scratch/subset --equal 600MB        # the same logits as all experts in memory?
     python benchmarks/bench_pool.py --policies                           # simulated on a recorded trace
     python benchmarks/bench_pool.py /scratch/real_width --readers        # threads: GB/s of cold expert reads
 
 Each size runs in a process of its own, on files that were dropped from the page cache (posix_fadvise) beforehand; during
-a run the system keeps in it what it likes. Weights are random, so routing is more even than a trained model's: hit rates
+a run the system keeps in it what it likes, unless `--cold` drops it again for each token. Weights are random, so routing is more even than a trained model's: hit rates
 are about the share of experts that fit.
 """
 
@@ -57,8 +57,8 @@ def prompt(vocab_size: int, length: int = PROMPT_TOKENS) -> torch.Tensor:
 
 
 @torch.no_grad()
-def run(folder: str, size: str, new_tokens: int) -> dict:
-    """Loads, reads a prompt, samples tokens one by one."""
+def run(folder: str, size: str, new_tokens: int, cold: bool) -> dict:
+    """Loads, reads a prompt, samples tokens one by one; if `cold`, with nothing in the page cache at each token."""
     from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 
     start = time.perf_counter()
@@ -70,6 +70,8 @@ def run(folder: str, size: str, new_tokens: int) -> dict:
     generator = torch.Generator().manual_seed(1)
     before, seconds = model.memory_report(), []
     for _ in range(new_tokens):
+        if cold:
+            drop_from_page_cache(folder)
         begin = time.perf_counter()
         token = torch.multinomial(output.logits[0, -1].float().softmax(-1), 1, generator=generator)
         output = model(token[None], past_key_values=output.past_key_values, use_cache=True)
@@ -91,9 +93,10 @@ def run(folder: str, size: str, new_tokens: int) -> dict:
     }
 
 
-def run_alone(folder: str, size: str, new_tokens: int) -> dict:
+def run_alone(folder: str, size: str, new_tokens: int, cold: bool) -> dict:
     drop_from_page_cache(folder)
     command = [sys.executable, __file__, folder, "--one", size, "--new-tokens", str(new_tokens)]
+    command += ["--cold"] if cold else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{size} failed:\n{done.stderr[-3000:]}")
@@ -108,7 +111,7 @@ def run_sizes(folder: str, sizes: list[str], new_tokens: int, plot_file: str | N
     print(" ".join(name.rjust(14) for name in ("cache", *columns)))
     results = {}
     for size in sizes:
-        results[size] = result = run_alone(folder, size, new_tokens)
+        results[size] = result = run_alone(folder, size, new_tokens, cold)
         cells = [f"{result[name]:.3f}" if name != "slots" else str(result[name]) for name in columns]
         print(" ".join(cell.rjust(14) for cell in (size, *cells)), flush=True)
     print(result["report"])
@@ -132,7 +135,7 @@ def plot(results: list[dict], path: str) -> None:
     right = left.twinx()
     right.plot(sizes, [result["hit_rate"] for result in results], "^:", color="tab:orange", label="hit rate")
     right.set(ylabel="hit rate (orange)", ylim=(0, 1))
-    left.set_title("Published width, 4 layers, 29.4 GB of experts on disk, 2 CPU cores")
+    left.set_title("Published width, 4 layers, experts read from disk, CPU")
     left.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
@@ -299,6 +302,9 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=384)
     parser.add_argument("--sizes", nargs="+")
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument(
+        "--cold", action="store_true", help="drop the files from the page cache before each token"
+    )
     parser.add_argument("--plot", help="a PNG file (needs matplotlib)")
     parser.add_argument("--equal", metavar="SIZE")
     parser.add_argument("--policies", action="store_true")
@@ -311,7 +317,7 @@ def main() -> None:
         if args.save:
             logits_and_tokens(args.folder, args.one, args.new_tokens, args.save)
         else:
-            print(json.dumps(run(args.folder, args.one, args.new_tokens)))
+            print(json.dumps(run(args.folder, args.one, args.new_tokens, args.cold)))
         return
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__},"
@@ -325,7 +331,7 @@ def main() -> None:
         size = sum(path.stat().st_size for path in Path(args.make).glob("*.safetensors"))
         print(f"{size / 1e9:.1f} GB written, {size / (time.perf_counter() - start) / 1e6:.0f} MB/s")
     if args.sizes:
-        run_sizes(args.folder, args.sizes, args.new_tokens, args.plot)
+        run_sizes(args.folder, args.sizes, args.new_tokens, args.cold, args.plot)
     if args.equal:
         compare(args.folder, args.equal, args.new_tokens)
     if args.policies:
