@@ -103,9 +103,10 @@ def run_alone(folder: str, size: str, new_tokens: int, cold: bool) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_sizes(folder: str, sizes: list[str], new_tokens: int, plot_file: str | None) -> None:
+def run_sizes(folder: str, sizes: list[str], new_tokens: int, cold: bool, plot_file: str | None) -> None:
+    when = "each token" if cold else "each run"
     print(
-        f"{new_tokens} tokens after a prompt of {PROMPT_TOKENS}; files dropped from the page cache before each run"
+        f"{new_tokens} tokens after a prompt of {PROMPT_TOKENS}; files dropped from the page cache before {when}"
     )
     columns = ("slots", "hit_rate", "tokens_per_s", "read_gb_per_s", "load_s", "first_token_s", "peak_rss_gb")
     print(" ".join(name.rjust(14) for name in ("cache", *columns)))
