@@ -43,7 +43,7 @@ from .kimi_moe import (
 from .kimi_sizes import cache_bytes_per_token, expert_bytes, text_workspace_bytes, weight_bytes
 from .kimi_slots import READERS, ExpertFiles, Part, ReadsExperts, SlotCache, Visit, Worth
 
-HALF_LIFE = 64.0  # tokens; see LOG.md
+HALF_LIFE = 256.0  # tokens; see LOG.md
 AUTO_CONTEXT = 32768  # tokens of one sequence for which expert_cache="auto" leaves room
 AUTO_CHUNK = 4096  # of them at once
 
@@ -85,18 +85,26 @@ class PooledExperts(Experts):
     @torch.compiler.disable
     @torch.no_grad()
     def prefetch(self, topk_ids: torch.Tensor) -> None:
-        self.pool.visit(self, topk_ids).read_ahead()
+        if self.pool.lock.acquire(blocking=False):  # or else another thread is using the slots
+            try:
+                self.pool.visit(self, topk_ids).read_ahead()
+            finally:
+                self.pool.lock.release()
 
     @torch.compiler.disable
-    @torch.no_grad()
     def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        cache = self.pool.cache_of(self.layer)
+        """As Experts.forward. Gradients are refused when they are asked for: what they need is no longer there."""
+        cache, recorded = self.pool.cache_of(self.layer), torch.is_grad_enabled() and x.requires_grad
         with self.pool.lock:
             visit = self.pool.visit(self, topk_ids, counts=True)
-            inputs = (tensor.to(cache.device) for tensor in (x, topk_ids, topk_weights))
-            return run_pooled(self.config.int4_backend, visit, self, *inputs).to(x.device)
+            inputs = [tensor.to(cache.device) for tensor in (x, topk_ids, topk_weights)]
+            backend = choose_backend(self.config.int4_backend, inputs[0], self.matrices_in(visit)[0])
+            with torch.no_grad():
+                output = run_pooled(backend, visit, self, *inputs).to(x.device)
+        return NoGradient.apply(output, x, topk_weights) if recorded else output
 
-    def matrices_in(self, visit: Visit, lazy: bool) -> list[ExpertMatrices]:
+    def matrices_in(self, visit: Visit, lazy: bool = False) -> list[ExpertMatrices]:
+        """The slots, by projection, to be indexed by slot; or, lazily, by expert, which waits until it is there."""
         kind = PooledMatrices if lazy else ExpertMatrices
         tensors = ("weight_packed", "weight_scale") if self.packed else ("weight",)
         matrices = []
@@ -127,8 +135,20 @@ class PooledExperts(Experts):
         return nn.Module._apply(self, fn, recurse)  # slots stay where the pool put them; rows travel
 
 
+class NoGradient(torch.autograd.Function):
+    """The output of pooled experts in a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, x: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError("experts of a pool compute no gradients; load the model without expert_cache.")
+
+
 def run_pooled(
-    requested: str,
+    backend: Callable,
     visit: Visit,
     experts: PooledExperts,
     x: torch.Tensor,
@@ -137,10 +157,9 @@ def run_pooled(
 ) -> torch.Tensor:
     """What `Experts.forward` does, with the same backend. Few rows run in groups whose experts fit the slots together;
     many rows by expert, in ascending order as with resident ones, each when it is there."""
-    plain = experts.matrices_in(visit, lazy=False)
-    backend = choose_backend(requested, x, plain[0])
     if backend is run_experts or (backend is run_experts_cpu and len(x) > FEW_ROWS):
         return backend(x, topk_ids, topk_weights, *experts.matrices_in(visit, lazy=True))
+    plain = experts.matrices_in(visit)
     if len(x) <= FEW_ROWS or len(visit.experts) <= visit.cache.capacity:
         outputs = [
             backend(x[rows], visit.hold(group)[topk_ids[rows]], topk_weights[rows], *plain)
@@ -181,6 +200,12 @@ class CacheRequest:
     def uses_gpus(self) -> bool:
         return torch.cuda.is_available() and self.device_map not in (None, "cpu", {"": "cpu"})
 
+    def may_offload(self) -> bool:
+        """Whether weights other than experts may stay on disk."""
+        if isinstance(self.device_map, dict):
+            return "disk" in self.device_map.values()
+        return self.device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+
     def memory(self) -> int:
         """Bytes that are free now on the devices that may be used; 0 if the system hides it."""
         gpus = sum(gpu.total_bytes for gpu in detect_gpus()) if self.uses_gpus() else 0
@@ -207,7 +232,7 @@ class ExpertPool:
 
     def _check_size(self, size: int) -> None:
         text = self.config.text_config
-        one, choices = expert_bytes(text), text.num_experts_per_tok
+        one, choices = expert_bytes(text, torch.get_default_dtype().itemsize), text.num_experts_per_tok
         if size < 0:
             raise ValueError(
                 f"expert_cache is {size:,} bytes; it must be at least {one * choices:,}, the experts of one token."
@@ -217,7 +242,8 @@ class ExpertPool:
                 f"expert_cache of {size:,} bytes holds {size // one} experts of {one:,} bytes; one token takes {choices}"
                 f" in each layer: give at least {one * choices:,} bytes."
             )
-        memory, resident = self.request.memory(), resident_bytes(self.config)
+        memory = self.request.memory()
+        resident = 0 if self.request.may_offload() else resident_bytes(self.config)
         if memory and size + resident > memory:
             raise ValueError(
                 f"expert_cache of {size:,} bytes and {resident:,} bytes of other weights exceed the {memory:,} bytes of"
@@ -361,7 +387,8 @@ def all_fit(config: KimiK25Config, request: CacheRequest) -> bool:
     """Whether every expert can be resident, on the devices that may be used."""
     text = config.text_config
     layers = sum(text.is_moe_layer(idx) for idx in range(text.num_hidden_layers))
-    weights = resident_bytes(config) + layers * text.n_routed_experts * expert_bytes(text)
+    one = expert_bytes(text, torch.get_default_dtype().itemsize)
+    weights = resident_bytes(config) + layers * text.n_routed_experts * one
     free = free_bytes(torch.device("cpu"), config)
     if request.uses_gpus():
         free += sum(gpu.total_bytes - CUDA_CONTEXT_BYTES for gpu in detect_gpus())

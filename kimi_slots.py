@@ -131,16 +131,6 @@ class ExpertFiles:
                 f"{part.name} of the checkpoint says {found}, but the config makes the matrix {expected}."
             )
 
-    def will_need(self, keys: Iterable[Key]) -> None:
-        """Tells the system that these are read next, which it may do beforehand."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for key in keys:
-            for part in (part for parts in self.parts[key].values() for part in parts):
-                source = part.source
-                handle = self.shards[source.file].handle.fileno()
-                os.posix_fadvise(handle, source.begin, source.end - source.begin, os.POSIX_FADV_WILLNEED)
-
 
 # ------------------------------------------------------------------------------------------------------------- slots
 

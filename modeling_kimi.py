@@ -179,7 +179,7 @@ class KimiK25PreTrainedModel(PreTrainedModel):
         total = 0
         for module in self.modules():
             if isinstance(module, Experts):
-                trainable = not module.packed and all(p.requires_grad for p in module.parameters())
+                trainable = not module.packed and any(p.requires_grad for p in module.parameters())
                 total += module.num_weights() if trainable or not only_trainable else 0
             elif not (exclude_embeddings and isinstance(module, nn.Embedding)):
                 parameters = module.parameters(recurse=False)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
+from kimi import kimi_checkpoint
 from kimi.kimi_checkpoint import parse_size, read_header, split_names
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
 from kimi.tiny_checkpoint import write_tiny_checkpoint
@@ -231,6 +232,47 @@ def test_missing_and_truncated_shards(broken):
     file.unlink()
     with pytest.raises(OSError, match=file.name):
         Kimi.from_pretrained(broken)
+
+
+def test_a_read_that_fails_names_shard_and_tensor(folder, monkeypatch, capfd):
+    """Whichever of the reading threads it happens in; and nothing is printed where stderr is no terminal."""
+    real, calls = kimi_checkpoint.read_exactly, []
+
+    def failing(descriptor, begin, view):
+        calls.append(begin)
+        if len(calls) == 100:
+            raise OSError(5, "Input/output error")
+        real(descriptor, begin, view)
+
+    monkeypatch.setattr(kimi_checkpoint, "read_exactly", failing)
+    with pytest.raises(OSError, match=r"\S+ could not be read from \S+\.safetensors: .*Input/output error"):
+        Kimi.from_pretrained(folder)
+    monkeypatch.undo()
+    Kimi.from_pretrained(folder)
+    assert "Loading weights" not in capfd.readouterr().err
+
+
+def test_a_shard_that_changes_between_header_and_data_is_named(broken, monkeypatch):
+    real = kimi_checkpoint.check_sources
+
+    def replaced_meanwhile(slots, sources):
+        real(slots, sources)
+        os.truncate(sources[PACKED].file, 5000)
+
+    monkeypatch.setattr(kimi_checkpoint, "check_sources", replaced_meanwhile)
+    name = file_of(broken, PACKED).name
+    with pytest.raises(
+        OSError, match=rf"{name} cannot be read: it changed after its header was read: \d+ bytes then, 5000"
+    ):
+        Kimi.from_pretrained(broken)
+
+
+def test_large_tensors_are_read_in_pieces_and_by_several_threads(folder, monkeypatch):
+    monkeypatch.setattr(kimi_checkpoint, "PIECE_BYTES", 1000)
+    stored = tensors_of(folder)
+    for dtype in (None, torch.float32):
+        state = Kimi.from_pretrained(folder, dtype=dtype).state_dict()
+        assert all(state[name].equal(tensor.to(state[name].dtype)) for name, tensor in stored.items())
 
 
 def test_headers_that_lie(tmp_path):
