@@ -135,7 +135,7 @@ class Service:
         if self.api_key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
+        right = hmac.compare_digest(given.strip().encode("latin-1"), self.api_key.encode())  # headers are bytes
         if scheme.lower() != "bearer" or not right:
             what = "The API key is wrong" if given else "No API key was given"
             raise ApiError(

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kimi.kimi_media import decode_data_uri, describe, fetch, naming, unwrap
 from kimi.kimi_messages import normalize_messages, refuse_to_stop_thinking
 from kimi.kimi_output import Event, delta_of
-from kimi.kimi_tools import normalize_tools, render_tool_declaration
+from kimi.kimi_tools import UnsupportedSchema, encode_tools_to_typescript_style, normalize_tools
 from serve_engine import Completion, Engine, Prompt, PromptTooLong, QueueFull, Sampling, media_parts
 
 MAX_STOP_TEXTS = 16
@@ -232,9 +232,9 @@ def warnings_about(given: Mapping[str, Any]) -> list[str]:
     return [f"{what}: {quoted(names)}" for what, names in named if names]
 
 
-def quoted(names: Sequence[str]) -> str:
+def quoted(names: Sequence[str], max_length: int = 60) -> str:
     """Names for a header: ASCII, without line ends, not too many and not too long."""
-    shown = ", ".join(json.dumps(name[:60]) for name in names[:MAX_WARNING_NAMES])
+    shown = ", ".join(json.dumps(name[:max_length]) for name in names[:MAX_WARNING_NAMES])
     return shown + (f" and {len(names) - MAX_WARNING_NAMES} more" if len(names) > MAX_WARNING_NAMES else "")
 
 
@@ -253,7 +253,7 @@ class Limits:
 
 def prepare(engine: Engine, request: ChatRequest, limits: Limits, warnings: list[str]) -> Prompt:
     """The prompt of a request; raises ApiError or PromptTooLong. May take its time: it fetches and decodes media."""
-    tools = None if request.tool_choice == "none" else check_tools(request.tools)
+    tools = None if request.tool_choice == "none" else check_tools(request.tools, warnings)
     with refusing("messages"):
         messages = open_media(request.messages, limits)
         messages = unique_call_ids(engine, messages, warnings)
@@ -262,8 +262,9 @@ def prepare(engine: Engine, request: ChatRequest, limits: Limits, warnings: list
     return prompt
 
 
-def check_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """The tools, each of which can be declared; else ApiError with the index of the one that cannot."""
+def check_tools(tools: list[dict[str, Any]] | None, warnings: list[str]) -> list[dict[str, Any]] | None:
+    """The tools, each of which can be declared; else ApiError with the index of the one that cannot. A schema that has
+    no TypeScript form makes all of them JSON in the prompt, as in training, and a warning."""
     for index, tool in enumerate(tools or []):
         param = f"tools[{index}]"
         function = tool.get("function")
@@ -278,7 +279,11 @@ def check_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | No
                 param,
             )
         with refusing(param):
-            render_tool_declaration(normalize_tools([tool]))
+            try:
+                encode_tools_to_typescript_style(normalize_tools([tool]))
+            except UnsupportedSchema as error:
+                why = str(error).replace("tools[0]", param, 1)
+                warnings.append(f"tools are declared as JSON: {quoted([why], 200)}")
     return tools
 
 
