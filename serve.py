@@ -46,7 +46,7 @@ from serve_api import (
     read_request,
     to_bytes,
 )
-from serve_engine import Completion, Engine, Job, PromptTooLong, QueueFull
+from serve_engine import Completion, Engine, Job, PromptTooLong, QueueFull, load
 
 log = logging.getLogger("kimi.serve")
 
@@ -284,15 +284,6 @@ def make_app(
     for kind in (ApiError, QueueFull, PromptTooLong, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, failed)
     return app
-
-
-def load(folder: Path) -> tuple[Any, Any]:
-    """The model and its processor."""
-    from transformers import AutoModelForCausalLM, AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, device_map="auto")
-    return model.eval(), processor
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

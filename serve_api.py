@@ -282,8 +282,7 @@ def check_tools(tools: list[dict[str, Any]] | None, warnings: list[str]) -> list
             try:
                 encode_tools_to_typescript_style(normalize_tools([tool]))
             except UnsupportedSchema as error:
-                why = str(error).replace("tools[0]", param, 1)
-                warnings.append(f"tools are declared as JSON: {quoted([why], 200)}")
+                warnings.append(f"tools are declared as JSON: {quoted([str(error)], 200)}")
     return tools
 
 

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kimi.kimi_cache import new_cache
 from kimi.kimi_output import CALL_BEGIN, SECTION_BEGIN, THINK_END, Event, KimiCompletionStream
+from kimi.processing_kimi import prepare_conversations
 
 log = logging.getLogger("kimi.serve")
 
@@ -369,8 +371,7 @@ class Engine:
         Raises ValueError or OSError, as the processor does, and PromptTooLong before any frame is decoded.
         """
         template = {"tools": tools, "return_dict": True, "return_tensors": "pt", **options}
-        from_messages = [part for part in media_parts(messages)]
-        if from_messages:
+        if next(media_parts(messages), None):
             self._check_media(messages)
         inputs = dict(self.processor.apply_chat_template(messages, **template))
         self._check_length(inputs["input_ids"].shape[1])
@@ -381,7 +382,7 @@ class Engine:
     def _check_media(self, messages: Sequence[Any]) -> None:
         """Counts the tokens and bytes of media from their sizes alone: a long video does not fit into memory."""
         processor = self.processor
-        items, _ = processor.preprocess_medias(list(media_of_messages(processor, messages)))
+        items, _ = processor.preprocess_medias(prepare_conversations(messages)[1])
         merge = self.model.config.vision_config.merge_kernel_size
         tokens = [processor.image_processor.media_tokens_calculator(item) for item in items]
         frames = [len(item["video_chunk"]) if item["type"] == "video_chunk" else 1 for item in items]
@@ -497,6 +498,15 @@ class Engine:
         return settings | {name: value for name, value in given.items() if value is not None}
 
 
+def load(folder: str | Path) -> tuple[Any, Any]:
+    """The model of a checkpoint and its processor, as a user loads them."""
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, device_map="auto")
+    return model.eval(), processor
+
+
 def media_parts(messages: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """The content parts that are media, in order, as the caller's own dicts."""
     for message in messages:
@@ -504,10 +514,3 @@ def media_parts(messages: Sequence[Any]) -> Iterator[dict[str, Any]]:
         for part in content if isinstance(content, (list, tuple)) else ():
             if isinstance(part, Mapping) and part.get("type") not in (None, "text"):
                 yield part  # type: ignore[misc]
-
-
-def media_of_messages(processor: Any, messages: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """The media items of messages, by the processor's own reading of them."""
-    from kimi.processing_kimi import prepare_conversations
-
-    return iter(prepare_conversations(messages)[1])

@@ -446,7 +446,7 @@ def test_a_schema_without_typescript_form_is_declared_as_json_with_a_warning(ser
     odd = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"oneOf": [{"const": 1}]}}}}}
     status, headers, body = post(served[0], {**GOOD, "tools": [TOOL, odd]})
     assert status == 200 and body["choices"][0]["message"]["content"] == "b"
-    assert "declared as JSON" in headers["x-kimi-warning"] and "tools[1]" in headers["x-kimi-warning"]
+    assert "declared as JSON" in headers["x-kimi-warning"] and "tool 'f'" in headers["x-kimi-warning"]
 
 
 def test_too_many_tokens_are_named(parrot):
