@@ -121,7 +121,7 @@ class Service:
             place.callback(watch.cancel)
             if asked.stream:
                 return Streamed(self.chunks(asked, events), place.pop_all(), headers)
-            return JSON(await self.whole(events), headers=headers)
+            return JSON(await self.whole(asked, events), headers=headers)
         finally:
             place.close()
 
@@ -172,10 +172,11 @@ class Service:
 
     # Answers
 
-    async def whole(self, events: asyncio.Queue[Any]) -> dict[str, Any]:
+    async def whole(self, asked: ChatRequest, events: asyncio.Queue[Any]) -> dict[str, Any]:
         while not isinstance(item := await events.get(), Completion):
             if isinstance(item, Exception):
                 raise item
+        log_answer(asked, item)
         return Answer(self.name).whole(item)
 
     async def chunks(self, asked: ChatRequest, events: asyncio.Queue[Any]) -> AsyncIterator[bytes]:
@@ -196,6 +197,7 @@ class Service:
                 yield sse(api_error(item).body())
                 break
             if isinstance(item, Completion):
+                log_answer(asked, item)
                 yield chunk({}, item.finish_reason)
                 if with_usage:
                     yield sse(answer.usage_chunk(item))
@@ -217,6 +219,21 @@ class Streamed(StreamingResponse):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         with self.place:
             await super().__call__(scope, receive, send)
+
+
+def log_answer(asked: ChatRequest, done: Completion) -> None:
+    """One line per answer, without a word of what was said."""
+    log.info(
+        "%s, %d messages, %d tools: %d tokens read (%d cached), %d written, %s, %.1f s",
+        "streamed" if asked.stream else "whole",
+        len(asked.messages),
+        len(asked.tools or []),
+        done.prompt_tokens,
+        done.cached_tokens,
+        done.completion_tokens,
+        done.finish_reason,
+        done.seconds,
+    )
 
 
 def sse(value: dict[str, Any]) -> bytes:
@@ -296,7 +313,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument(
         "--api-key",
-        default=os.environ.get("KIMI_API_KEY"),
+        default=os.environ.get("KIMI_API_KEY") or None,
         help="what clients must send; better given as KIMI_API_KEY, since arguments can be seen by others",
     )
     parser.add_argument("--max-waiting", type=int, default=64, help="requests that wait; one more gets 429")
