@@ -32,7 +32,8 @@ SIZES = {
 
 
 def script(reasoning="", content="", calls=(), **options):
-    """A user's text. options: `wait`, seconds per token; `unfinished`, no end of the turn; `raw`, all of it as text."""
+    """A user's text. options: `wait`, seconds per token; `raw`, the whole completion as text; `then`, the script to follow
+    once a tool has answered."""
     return f"§{json.dumps(dict(reasoning=reasoning, content=content, calls=list(calls), **options))}§"
 
 
@@ -42,7 +43,7 @@ def raw_completion(told):
         return told["raw"]
     calls = "".join(
         f"<|tool_call_begin|>{call_id}<|tool_call_argument_begin|>{json.dumps(arguments)}<|tool_call_end|>"
-        for call_id, arguments in told["calls"]
+        for call_id, arguments in told.get("calls", ())
     )
     section = f"<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|>" if calls else ""
     return f"{told['reasoning']}</think>{told['content']}{section}<|im_end|>"
@@ -72,9 +73,12 @@ def load_parrot(folder):
 
     def generate(self, **kwargs):
         ids = kwargs["input_ids"]
-        found = SCRIPT.findall(tokenizer.decode(ids[0]))
+        prompt = tokenizer.decode(ids[0])
+        found = list(SCRIPT.finditer(prompt))
         if found:
-            told = json.loads(found[-1])
+            told = json.loads(found[-1].group(1))
+            if "then" in told and "## Return of" in prompt[found[-1].end() :]:
+                told = told["then"]
             forced = tokenizer.encode(raw_completion(told))
             prompter = Prompter(forced, ids.shape[1], told.get("wait", 0))
             kwargs["logits_processor"] = LogitsProcessorList([prompter])
