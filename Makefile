@@ -2,12 +2,13 @@
 # make test        the test suite on transformers 4.57 (.venv)
 # make test-next   the same on transformers 5.x (.venv-next)
 # make test-kernels  the Triton kernels under Triton's interpreter, no GPU needed (.venv-kernels)
+# make serve       the endpoint for MODEL=folder on this machine (ARGS for more, see serve.py --help)
 # make lint        formatting, lint and types
 # Needs Python 3.10 or later and make; each target makes the environment it runs in.
 
 PYTHON ?= python3
 
-.PHONY: demo test test-next test-kernels lint
+.PHONY: demo test test-next test-kernels lint serve
 
 demo: .venv/ready
 	.venv/bin/python demo.py
@@ -20,6 +21,11 @@ test-next: .venv-next/ready-dev
 
 test-kernels: .venv-kernels/ready
 	.venv-kernels/bin/python -m pytest tests/test_int4_triton.py tests/test_attention_triton.py $(ARGS)
+
+MODEL ?= kimi-tiny
+
+serve: .venv/ready-serve
+	.venv/bin/python serve.py --model $(MODEL) $(ARGS)
 
 lint: .venv/ready-dev
 	.venv/bin/ruff check .
@@ -34,6 +40,13 @@ lint: .venv/ready-dev
 .venv/ready-dev: requirements-dev.txt .venv/ready
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
+
+.venv/ready-serve: requirements-serve.txt .venv/ready
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	touch $@
+
+# requirements-dev.txt takes these in.
+.venv/ready-dev .venv-next/ready-dev .venv-kernels/ready: requirements-serve.txt
 
 .venv-next/ready-dev: requirements-next.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv-next

@@ -128,7 +128,9 @@ def main() -> None:
         sys.exit(f"--model: there is no folder {args.model}")
     engine = Engine(*load(args.model), max_caches=1)
     try:
-        Chat(engine, Sampling(args.max_tokens, args.temperature, args.top_p, args.seed), sys.stdout).run(sys.stdin)
+        Chat(engine, Sampling(args.max_tokens, args.temperature, args.top_p, args.seed), sys.stdout).run(
+            sys.stdin
+        )
     finally:
         engine.close()
 

@@ -71,9 +71,7 @@ class JSON(Response):
 class Service:
     """The handlers, and what they share."""
 
-    def __init__(
-        self, engine: Engine, name: str, api_key: str | None, limits: Limits, loopback_only: bool
-    ):
+    def __init__(self, engine: Engine, name: str, api_key: str | None, limits: Limits, loopback_only: bool):
         self.engine, self.name, self.limits = engine, name, limits
         self.api_key, self.loopback_only = api_key, loopback_only
         self.created = int(time.time())
@@ -88,9 +86,7 @@ class Service:
     async def model(self, request: Request) -> Response:
         self.check_caller(request)
         if request.path_params["name"] != self.name:
-            raise ApiError(
-                404, f"This server has the model {self.name!r} only.", "model", "model_not_found"
-            )
+            raise ApiError(404, f"This server has the model {self.name!r} only.", "model", "model_not_found")
         return JSON(model_of(self.name, self.created, self.engine.max_context))
 
     async def health(self, request: Request) -> Response:
@@ -135,7 +131,9 @@ class Service:
         if self.api_key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode("latin-1"), self.api_key.encode())  # headers are bytes
+        right = hmac.compare_digest(
+            given.strip().encode("latin-1"), self.api_key.encode()
+        )  # headers are bytes
         if scheme.lower() != "bearer" or not right:
             what = "The API key is wrong" if given else "No API key was given"
             raise ApiError(
@@ -309,7 +307,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--name", help="what requests call the model; by default the folder's name")
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind to; 0.0.0.0 opens it to the network")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to bind to; 0.0.0.0 opens it to the network"
+    )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument(
         "--api-key",
@@ -317,10 +317,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what clients must send; better given as KIMI_API_KEY, since arguments can be seen by others",
     )
     parser.add_argument("--max-waiting", type=int, default=64, help="requests that wait; one more gets 429")
-    parser.add_argument("--max-context", type=int, help="tokens of prompt and answer; the model's own by default")
-    parser.add_argument("--max-tokens", type=int, default=32768, help="of an answer to a request that names none")
+    parser.add_argument(
+        "--max-context", type=int, help="tokens of prompt and answer; the model's own by default"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=32768, help="of an answer to a request that names none"
+    )
     parser.add_argument("--max-body-mib", type=int, default=64, help="of a request, pictures included")
-    parser.add_argument("--conversations", type=int, default=8, help="caches kept for the next turn; 0 for none")
+    parser.add_argument(
+        "--conversations", type=int, default=8, help="caches kept for the next turn; 0 for none"
+    )
     parser.add_argument("--cached-tokens", type=int, default=262144, help="that these caches hold together")
     parser.add_argument(
         "--allow-media-host",
@@ -353,7 +359,10 @@ def main() -> None:
     app = make_app(engine, name, args.api_key, limits, loopback)
     print(NOTICE.replace("FOLDER", str(args.model)), flush=True)
     if not loopback and not args.api_key:
-        print(f"Warning: bound to {args.host} without --api-key: whoever reaches this port can use it.", flush=True)
+        print(
+            f"Warning: bound to {args.host} without --api-key: whoever reaches this port can use it.",
+            flush=True,
+        )
     print(f"Model {name!r}, {engine.max_context} tokens, at http://{args.host}:{args.port}/v1", flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5)
 

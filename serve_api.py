@@ -86,7 +86,10 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, PromptTooLong):
         return bad_request(str(error), "messages", "context_length_exceeded")
     return ApiError(
-        500, f"The server failed at this request ({type(error).__name__}).", kind="server_error", code="internal_error"
+        500,
+        f"The server failed at this request ({type(error).__name__}).",
+        kind="server_error",
+        code="internal_error",
     )
 
 
@@ -100,7 +103,9 @@ def refusing(param: str) -> Iterator[None]:
     except RecursionError:
         raise bad_request(f"{param} is nested too deeply", param) from None
     except (ValueError, OSError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise bad_request(shorten(str(error)) or f"{param} cannot be read ({type(error).__name__})", param) from error
+        raise bad_request(
+            shorten(str(error)) or f"{param} cannot be read ({type(error).__name__})", param
+        ) from error
 
 
 def shorten(text: str) -> str:
@@ -303,7 +308,8 @@ def open_media(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str,
                 left -= len(data)
                 if left < 0:
                     raise bad_request(
-                        f"{name}: the media have more than {limits.max_media_bytes} bytes together", "messages"
+                        f"{name}: the media have more than {limits.max_media_bytes} bytes together",
+                        "messages",
                     )
                 parts[position] = {"type": kind, kind: data}
         opened.append({**message, "content": parts} if isinstance(parts, list) else message)
@@ -317,7 +323,9 @@ def read_part(part: dict[str, Any], max_bytes: int, allowed_hosts: Sequence[str]
         return kind, None
     source = part.get(f"{kind}_url", part.get(kind))
     source = unwrap(source) if isinstance(source, (dict, str)) else source
-    scheme = source[: source.find(":")].strip().lower() if isinstance(source, str) and ":" in source[:16] else ""
+    scheme = (
+        source[: source.find(":")].strip().lower() if isinstance(source, str) and ":" in source[:16] else ""
+    )
     if scheme == "data":
         return kind, decode_data_uri(source, kind)
     if scheme in ("http", "https"):
@@ -328,7 +336,9 @@ def read_part(part: dict[str, Any], max_bytes: int, allowed_hosts: Sequence[str]
     )
 
 
-def unique_call_ids(engine: Engine, messages: list[dict[str, Any]], warnings: list[str]) -> list[dict[str, Any]]:
+def unique_call_ids(
+    engine: Engine, messages: list[dict[str, Any]], warnings: list[str]
+) -> list[dict[str, Any]]:
     """The messages, renumbered if two calls have one id: a model that miscounts must not end the conversation."""
     calls = [
         call.get("id")
@@ -439,6 +449,6 @@ def model_of(name: str, created: int, context: int) -> dict[str, Any]:
 
 def to_bytes(value: Any) -> bytes:
     """JSON in UTF-8. A lone surrogate, which a request may hold and an error may quote, becomes a question mark."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
-
-
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(
+        "utf-8", "replace"
+    )

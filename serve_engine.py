@@ -275,7 +275,11 @@ class Receiver(BaseStreamer):
         self._emit_held()
         message, reason = self._stream.result(), self._stream.finish_reason or "length"
         if self.stop.found:  # what came in the same step behind the stop text does not count
-            message = {"role": "assistant", "reasoning_content": message["reasoning_content"], "status": "complete"}
+            message = {
+                "role": "assistant",
+                "reasoning_content": message["reasoning_content"],
+                "status": "complete",
+            }
             message["content"], reason = "".join(self._content), "stop"
         return message, reason
 

@@ -3,7 +3,6 @@
 import base64
 
 import openai
-
 from pictures import picture_png
 
 

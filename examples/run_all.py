@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from transformers import set_seed
-
 import with_transformers
 from chat_with_image import chat_with_image
 from chat_with_preserve_thinking import chat_with_preserve_thinking
 from chat_with_video import chat_with_video
 from simple_chat import simple_chat
+from transformers import set_seed
 
 ROOT = Path(__file__).resolve().parents[1]
 OVER_ENDPOINT = (simple_chat, chat_with_image, chat_with_video, chat_with_preserve_thinking)
@@ -104,7 +103,9 @@ def run_all(folder: Path) -> list[tuple[str, bool, float, str]]:
     with serving(folder) as client:
         model_name = client.models.list().data[0].id
         for example, check in zip(OVER_ENDPOINT, CHECKS, strict=True):
-            results.append(run(f"endpoint {example.__name__}", lambda e=example: e(client, model_name), check))
+            results.append(
+                run(f"endpoint {example.__name__}", lambda e=example: e(client, model_name), check)
+            )
     parts = with_transformers.load(folder)
     set_seed(0)
     for example, check in zip(with_transformers.EXAMPLES, CHECKS, strict=True):

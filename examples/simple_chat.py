@@ -8,9 +8,7 @@ def simple_chat(client: openai.OpenAI, model_name: str) -> str:
         {"role": "system", "content": "You are Kimi, an AI assistant created by Moonshot AI."},
         {
             "role": "user",
-            "content": [
-                {"type": "text", "text": "Which one is bigger, 9.11 or 9.9? Think carefully."}
-            ],
+            "content": [{"type": "text", "text": "Which one is bigger, 9.11 or 9.9? Think carefully."}],
         },
     ]
     response = client.chat.completions.create(

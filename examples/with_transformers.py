@@ -1,15 +1,14 @@
 """The model card's four examples without a server: the processor, `generate`, and the parsed answer.
 
-    python examples/with_transformers.py [FOLDER]
+python examples/with_transformers.py [FOLDER]
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
-
 from pictures import clip_mp4, draw_picture
+from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 
 SYSTEM = {"role": "system", "content": "You are Kimi, an AI assistant created by Moonshot AI."}
 
@@ -54,7 +53,9 @@ def chat_with_video(model: Any, processor: Any, **options: Any) -> str:
 
 
 def chat_with_preserve_thinking(model: Any, processor: Any, **options: Any) -> str:
-    thought = "I'll start by listing five numbers: 473, 921, 235, 215, 222, and I'll tell you the first three."
+    thought = (
+        "I'll start by listing five numbers: 473, 921, 235, 215, 222, and I'll tell you the first three."
+    )
     messages = [
         {"role": "user", "content": "Tell me three random numbers."},
         {"role": "assistant", "reasoning_content": thought, "content": "473, 921, 235"},

@@ -8,13 +8,13 @@ import sys
 import threading
 
 import pytest
+from parrot import SIZES, load_parrot, script
 from PIL import Image
 
 from chat import Chat
 from clips import write_clip
 from conftest import ROOT
 from kimi.tiny_checkpoint import write_tiny_checkpoint
-from parrot import SIZES, load_parrot, script
 from serve_engine import Engine, Sampling
 
 
@@ -33,10 +33,14 @@ def talk(engine, *lines):
 
 
 def test_thoughts_answers_and_a_note(engine):
-    chat, shown = talk(engine, script("I compare.", "9.9 is bigger."), script("Again?", "Still 9.9."), "/quit", "never")
+    chat, shown = talk(
+        engine, script("I compare.", "9.9 is bigger."), script("Again?", "Still 9.9."), "/quit", "never"
+    )
     assert "I compare.\n9.9 is bigger.\n[" in shown and "tokens/s" in shown and "\x1b" not in shown
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
-    assert chat.messages[1]["reasoning_content"] == "I compare." and chat.messages[3]["content"] == "Still 9.9."
+    assert (
+        chat.messages[1]["reasoning_content"] == "I compare." and chat.messages[3]["content"] == "Still 9.9."
+    )
     second = shown.rsplit("[", 1)[1]
     read, cached = [int(word) for word in second.split() if word.isdigit()][:2]
     assert cached > read // 3, "the second turn takes the cache of the first"

@@ -21,15 +21,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import uvicorn  # noqa: E402
-
 from parrot import load_parrot, script  # noqa: E402
+
 from serve import make_app  # noqa: E402
 from serve_engine import Engine, load  # noqa: E402
 
 QUESTION = "Which one is bigger, 9.11 or 9.9? Think carefully."
-TIMEOUT_S = 500
+TIMEOUT_S = 120
 CONFIG = """
 default_model = "local"
+telemetry = false
 [models.local]
 provider = "endpoint"
 model = "local"
@@ -72,9 +73,24 @@ def run_cli(kimi: str, port: int, folder: Path, prompt: str) -> subprocess.Compl
     work.mkdir()
     (work / "numbers.txt").write_text("473, 921, 235, 215, 222\n")
     env = {**os.environ, "HOME": str(folder), "KIMI_SHARE_DIR": str(folder / "share")}
-    line = [kimi, "--print", "--config-file", str(config), "--work-dir", str(work), "--max-steps-per-turn", "4"]
+    line = [
+        kimi,
+        "--print",
+        "--config-file",
+        str(config),
+        "--work-dir",
+        str(work),
+        "--max-steps-per-turn",
+        "4",
+    ]
     return subprocess.run(
-        [*line, "--command", prompt], env=env, cwd=work, capture_output=True, text=True, timeout=TIMEOUT_S
+        [*line, "--command", prompt],
+        env=env,
+        cwd=work,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
     )
 
 
@@ -83,7 +99,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kimi", required=True, help="the executable of Kimi CLI")
-    parser.add_argument("--model", type=Path, help="a checkpoint to talk to; without, the tests' scripted model")
+    parser.add_argument(
+        "--model", type=Path, help="a checkpoint to talk to; without, the tests' scripted model"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -114,7 +132,9 @@ def main() -> int:
         }
         if not args.model:
             checks["second step holds the file"] = len(prompts) == 2 and "473, 921, 235" in prompts[1]
-            checks["second step holds the thought"] = len(prompts) == 2 and "I read the file.</think>" in prompts[1]
+            checks["second step holds the thought"] = (
+                len(prompts) == 2 and "I read the file.</think>" in prompts[1]
+            )
             checks["answer shown"] = "The other two are 215 and 222." in done.stdout
         for what, right in checks.items():
             print(f"{what}: {'yes' if right else 'NO'}")
