@@ -236,7 +236,7 @@ class Receiver(BaseStreamer):
         self._stream = KimiCompletionStream(tokenizer)
         self._prompt_seen = False
         self._ends = {tokenizer.special_tokens[name] for name in (THINK_END, SECTION_BEGIN, CALL_BEGIN)}
-        self._stops = set(tokenizer.special_tokens[name] for name in ("<|im_end|>", "[EOS]", "[EOT]"))
+        self._stops = {tokenizer.special_tokens[name] for name in ("<|im_end|>", "[EOS]", "[EOT]")}
 
     def put(self, value: Any) -> None:
         if not self._prompt_seen:  # generate() hands over the prompt first

@@ -6,12 +6,12 @@ import sys
 
 import openai
 import pytest
+from parrot import SIZES, Prompter, load_parrot, raw_completion
 from PIL import Image
+from test_serve import NAME, running, url
 
 from conftest import ROOT
 from kimi.tiny_checkpoint import write_tiny_checkpoint
-from parrot import SIZES, Prompter, load_parrot, raw_completion
-from test_serve import NAME, running, url
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
