@@ -27,7 +27,7 @@ from serve import make_app  # noqa: E402
 from serve_engine import Engine, load  # noqa: E402
 
 QUESTION = "Which one is bigger, 9.11 or 9.9? Think carefully."
-TIMEOUT_S = 120
+TIMEOUT_S = 500
 CONFIG = """
 default_model = "local"
 telemetry = false
