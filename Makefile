@@ -3,12 +3,13 @@
 # make test-next   the same on transformers 5.x (.venv-next)
 # make test-kernels  the Triton kernels under Triton's interpreter, no GPU needed (.venv-kernels)
 # make test-engines  kimi-tiny in other engines: transformers' own class, MLX, llama.cpp (builds it; .venv-engines)
+# make serve       the endpoint for MODEL=folder on this machine (ARGS for more, see serve.py --help)
 # make lint        formatting, lint and types
 # Needs Python 3.10 or later and make; each target makes the environment it runs in.
 
 PYTHON ?= python3
 
-.PHONY: demo test test-next test-kernels test-engines lint
+.PHONY: demo test test-next test-kernels test-engines lint serve
 
 demo: .venv/ready
 	.venv/bin/python demo.py
@@ -25,6 +26,11 @@ test-kernels: .venv-kernels/ready
 test-engines: .venv-engines/ready
 	.venv-engines/bin/python -m pytest -m engines tests/engines $(ARGS)
 
+MODEL ?= kimi-tiny
+
+serve: .venv/ready-serve
+	.venv/bin/python serve.py --model $(MODEL) $(ARGS)
+
 lint: .venv/ready-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -38,6 +44,13 @@ lint: .venv/ready-dev
 .venv/ready-dev: requirements-dev.txt .venv/ready
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
+
+.venv/ready-serve: requirements-serve.txt .venv/ready
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	touch $@
+
+# requirements-dev.txt takes these in.
+.venv/ready-dev .venv-next/ready-dev .venv-kernels/ready: requirements-serve.txt
 
 .venv-next/ready-dev: requirements-next.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv-next
