@@ -46,7 +46,7 @@ from serve_api import (
     read_request,
     to_bytes,
 )
-from serve_engine import Completion, Engine, Job, PromptTooLong, QueueFull, load
+from serve_engine import Completion, Engine, Job, load
 
 log = logging.getLogger("kimi.serve")
 
@@ -284,21 +284,32 @@ def make_app(
         ("GET", "/health", service.health),
     ]
     for method, path, handler in routes:
-        app.router.add_route(path, handler, methods=[method])
-
-    async def failed(request: Request, error: Exception) -> Response:
-        if isinstance(error, HTTPException):
-            error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
-        elif isinstance(error, ClientDisconnect):
-            error = Gone()
-        answer = api_error(error)
-        if answer.status == 500:
-            log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return JSON(answer.body(), answer.status, headers=answer.headers)
-
-    for kind in (ApiError, QueueFull, PromptTooLong, HTTPException, ClientDisconnect, Exception):
-        app.add_exception_handler(kind, failed)
+        app.router.add_route(path, guarded(handler), methods=[method])
+    app.add_exception_handler(HTTPException, refuse)  # of the router: no such path, no such method
     return app
+
+
+def guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """The handler, whose every exception is answered here: one that gets out would close the connection as well."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Exception as error:
+            return await refuse(request, error)
+
+    return answer
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
+    elif isinstance(error, ClientDisconnect):
+        error = Gone()
+    answer = api_error(error)
+    if answer.status == 500:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return JSON(answer.body(), answer.status, headers=answer.headers)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

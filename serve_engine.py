@@ -133,7 +133,8 @@ class PrefixCaches:
         kept, cache = self._kept[index]
         if len(kept) - shared <= MAX_DROPPED:
             del self._kept[index]
-            cache.crop(shared)
+            if len(kept) > shared:
+                cache.crop(shared - len(kept))  # 5.x takes the number to remove only, below zero
         else:
             self._kept.append(self._kept.pop(index))
             cache = copy_of(cache, shared, self.config)
