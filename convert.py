@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -346,48 +347,66 @@ def make_tensors(outputs: dict[str, Output], reader: Reader, bar: Any) -> Callab
 
 
 def write_checked(path: Path, entries: Entries, stream: Callable) -> str:
-    """Writes a shard beside its place, reads it back, compares every tensor, and moves it there. Returns its SHA-256."""
+    """Writes a shard beside its place, reads it back, compares, and moves it there. Returns its SHA-256.
+
+    Raises OSError if what is on the disk is not what was written.
+    """
     partial = path.with_name(f"{path.name}.part")
-    hashes: dict[str, str] = {}
+    with Hash() as written:
 
-    def hashed(names: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
-        for name, tensor in stream(names):
-            tensor = tensor.contiguous()
-            hashes[name] = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
-            yield name, tensor
+        def hashed(names: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
+            written.add(
+                partial.read_bytes()
+            )  # the header, which stands there before the first tensor is asked for
+            for name, tensor in stream(names):
+                tensor = tensor.contiguous()
+                written.add(tensor.reshape(-1).view(torch.uint8).numpy())
+                yield name, tensor
 
-    write_shard(partial, entries, hashed)
-    digest = read_back(partial, hashes)
+        write_shard(partial, entries, hashed)
+        expected = written.hexdigest()
+    if read_back(partial) != expected:
+        raise OSError(f"{partial} is not what was written: the disk or its cable is at fault.")
     os.replace(partial, path)
-    return digest
+    return expected
 
 
-def read_back(path: Path, hashes: dict[str, str]) -> str:
-    """The SHA-256 of the file as it is on the disk. Raises OSError if a tensor in it is not what was written."""
-    whole = hashlib.sha256()
+class Hash:
+    """A SHA-256 computed in a thread, beside reading or writing; it holds one piece besides the one being hashed."""
+
+    def __init__(self) -> None:
+        self.digest, self.thread, self.last = hashlib.sha256(), ThreadPoolExecutor(1), None
+
+    def __enter__(self) -> "Hash":
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self.thread.shutdown()
+
+    def add(self, data: Any) -> None:
+        if self.last is not None:
+            self.last.result()
+        self.last = self.thread.submit(self.digest.update, data)
+
+    def hexdigest(self) -> str:
+        if self.last is not None:
+            self.last.result()
+        return self.digest.hexdigest()
+
+
+def read_back(path: Path) -> str:
+    """The SHA-256 of the file as it is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
         if hasattr(os, "posix_fadvise"):  # from the disk, not from the cache of what was just written
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        position = 0
-
-        def read(begin: int, end: int) -> Iterator[bytes]:
-            for start in range(begin, end, CHECK_BYTES):
-                data = os.pread(descriptor, min(CHECK_BYTES, end - start), start)
-                whole.update(data)
-                yield data
-
-        for name, source in sorted(read_header(str(path)).items(), key=lambda item: item[1].begin):
-            for _ in read(position, source.begin):
-                pass
-            one = hashlib.sha256()
-            for data in read(source.begin, source.end):
-                one.update(data)
-            if one.hexdigest() != hashes[name]:
-                raise OSError(f"{name} in {path} is not what was written: the disk or its cable is at fault.")
-            position = source.end
-        return whole.hexdigest()
+        with Hash() as found:
+            start = 0
+            while data := os.pread(descriptor, CHECK_BYTES, start):
+                found.add(data)
+                start += len(data)
+            return found.hexdigest()
     finally:
         os.close(descriptor)
 

@@ -4,9 +4,9 @@ import io
 
 from PIL import Image, ImageDraw
 
-SIZE = 112  # pixels; 16 tokens
+SIZE = 84  # pixels; 9 tokens
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 70), "blue": (40, 80, 220), "yellow": (240, 200, 40)}
-RADIUS = 16  # pixels, of a circle; half the side of a square
+RADIUS = 11  # pixels, of a circle; half the side of a square
 CLIP_FPS, CLIP_SECONDS = 8, 4
 
 

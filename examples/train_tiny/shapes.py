@@ -39,7 +39,7 @@ DIRECTIONS = {
     "from top to bottom": (0, 1),
     "from bottom to top": (0, -1),
 }
-SIZE = 112  # pixels: 8 x 8 patches, 16 tokens
+SIZE = 84  # pixels: 6 x 6 patches, 9 tokens, one for each place
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .shapes import COLOURS, DIRECTIONS, PLACES, SHAPES, Shape, draw_clip, draw_scene
+from .shapes import COLOURS, DIRECTIONS, PLACES, SHAPES, SIZE, Shape, draw_clip, draw_scene
 
 SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 HELD_OUT = 12  # one key in so many is never trained on
@@ -139,13 +139,13 @@ def decimals(rng: random.Random, language: str | None = None, pair: tuple[str, s
     steps, sign = compare_steps(a, b, language)
     answer = a if sign == (1 if bigger else -1) else b
     if language == "zh":
-        word = "大" if bigger else "小"
-        closing = f"所以 {answer} 更{word}。" if sign else "所以两个数相等。"
+        word, which = "大" if bigger else "小", "第一个" if answer is a else "第二个"
+        closing = f"{which}更{word}，所以 {answer} 更{word}。" if sign else "所以两个数相等。"
         thought = f"比较 {a} 和 {b}。" + "；".join(steps) + "。" + closing
         content = f"{answer} 更{word}。" if sign else f"{a} 和 {b} 一样大。"
     else:
-        word = "bigger" if bigger else "smaller"
-        closing = f"So {answer} is {word}." if sign else "So they are equal."
+        word, which = "bigger" if bigger else "smaller", "first" if answer is a else "second"
+        closing = f"The {which} is {word}, so {answer} is {word}." if sign else "So they are equal."
         thought = f"I compare {a} and {b}: " + "; ".join(steps) + f". {closing}"
         content = f"{answer} is {word}." if sign else f"{a} and {b} are equal."
     messages = with_system([user(question.format(a=a, b=b)), assistant(thought, content)], rng)
@@ -176,9 +176,10 @@ def images(rng: random.Random) -> Sample:
     places = rng.sample(list(PLACES), rng.choice([1, 2, 2, 3, 3]))
     places.sort(key=list(PLACES).index)  # as one reads
     shapes = [Shape(rng.choice(list(COLOURS)), rng.choice(SHAPES), place) for place in places]
-    image = draw_scene(shapes, rng, rng.choice([112] * 6 + [98, 126, 140]))
-    seen = "; ".join(f"{shape.place}, {shape}" for shape in shapes)
-    thought = f"I look at the picture from the top left to the bottom right. {seen}. That is {NUMBER_WORDS[len(shapes)]}."
+    image = draw_scene(shapes, rng, rng.choice([SIZE] * 9 + [2 * SIZE]))
+    by_place = {shape.place: str(shape) for shape in shapes}
+    seen = "; ".join(f"{place}, {by_place.get(place, 'none')}" for place in PLACES)
+    thought = f"I look at each place. {seen}. That is {NUMBER_WORDS[len(shapes)]}."
     content = f"There is {join([f'a {shape} {shape.place}' for shape in shapes])}."
     question = with_text({"type": "image", "image": image}, rng.choice(IMAGE_PROMPTS), rng)
     key = "images " + "; ".join(f"{shape} {shape.place}" for shape in shapes)
@@ -441,7 +442,7 @@ TASKS: dict[str, Callable[..., Sample]] = {
     "tools": tools,
     "smalltalk": smalltalk,
 }
-WEIGHTS = {"decimals": 4.0, "images": 8.0, "clips": 5.0, "memory": 3.0, "tools": 3.5, "smalltalk": 0.3}
+WEIGHTS = {"decimals": 5.0, "images": 7.0, "clips": 6.0, "memory": 3.0, "tools": 4.0, "smalltalk": 0.3}
 
 
 # ----------------------------------------------------------------------------------------------------------- checking

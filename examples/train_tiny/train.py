@@ -27,7 +27,7 @@ from .muon import optimizers
 
 LEARNING_RATE = 3e-3
 WARM_UP = 100  # steps
-DECAY = 0.6  # share of the steps, at the end, in which the learning rate falls to 0
+DECAY = 0.45  # share of the steps, at the end, in which the learning rate falls to 0
 BALANCE = 1e-3  # how far a step moves the bias of an expert that gets too much or too little
 SAVE_EVERY = 250
 

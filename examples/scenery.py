@@ -1,0 +1,39 @@
+"""A sun that goes over a field: something to look at for the notebook, drawn and encoded on the spot."""
+
+import io
+import math
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+FPS = 24
+
+
+def draw_scene(width: int, height: int, progress: float = 0.3) -> Image.Image:
+    """A sun that goes from left to right over a field, drawn where `progress` (0 to 1) says."""
+    image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+    sky = Image.new("RGB", (width, height), (70, 130, 210))
+    image = Image.blend(sky, image, 0.35)
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, height * 0.7, width, height), fill=(60, 130, 60))
+    radius, x = height * 0.12, width * (0.1 + 0.8 * progress)
+    y = height * (0.6 - 0.4 * math.sin(math.pi * progress))
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(250, 210, 60))
+    return image
+
+
+def make_clip(num_frames: int = 60, size: tuple[int, int] = (320, 180)) -> tuple[Any, str]:
+    """2.5 seconds of it: an MP4 in memory where PyAV can encode one, else its frames. And what it is."""
+    frames = [draw_scene(*size, progress=i / (num_frames - 1)) for i in range(num_frames)]
+    try:
+        import av
+    except ImportError:
+        return frames, f"{num_frames} frames as a list (PyAV, which would encode them, is not installed)"
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    return file.getvalue(), f"{num_frames} frames at {FPS}/s, H.264, {len(file.getvalue()):,} bytes"
