@@ -85,6 +85,10 @@ def test_transformers_native_class(ours, prompts, tmp_path, layout):
     if layout == "bf16":
         folder = tmp_path / "dense"
         assert convert.main(["bf16", str(TINY), str(folder)]) == 0
+        # The same rounded experts: from int4 ours would keep their products in float32.
+        ours = KimiK25ForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, mla_path="expand"
+        ).eval()
     native, info = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
@@ -184,14 +188,6 @@ def llama_answers(file, prompts, ends):
             llm.eval([ids[-1]])
         outputs.append(ids)
     return outputs
-
-
-def test_llama_cpp_tokenizes_alike(gguf_file):
-    llama_cpp = pytest.importorskip("llama_cpp")
-    llm = llama_cpp.Llama(str(gguf_file), vocab_only=True, verbose=False)
-    tokenizer = TikTokenTokenizer.from_pretrained(TINY)
-    for text in ("Which one is bigger, 9.11 or 9.9?", "哪个更大，9.11 还是 9.9？", "def f(x):\n    return x"):
-        assert llm.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text)
 
 
 def test_llama_cpp_converts_the_vision_tower(gguf_file, tmp_path):

@@ -1,0 +1,1 @@
+../kimi_attention_triton.py

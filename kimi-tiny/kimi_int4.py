@@ -1,0 +1,1 @@
+../kimi_int4.py

@@ -1,0 +1,1 @@
+../kimi_int4_triton.py

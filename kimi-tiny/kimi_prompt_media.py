@@ -1,0 +1,1 @@
+../kimi_prompt_media.py

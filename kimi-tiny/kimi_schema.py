@@ -1,0 +1,1 @@
+../kimi_schema.py
