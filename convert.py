@@ -48,6 +48,7 @@ EXPERT = re.compile(
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 ROUTER = re.compile(r"\.mlp\.gate\.(weight|e_score_correction_bias)$")
 CHECK_BYTES = 16 * 2**20
+LARGE = 256 * 2**20  # bytes of a tensor that is not held while the next one is read
 SHARD = re.compile(r"model(-\d{5}-of-\d{5,6})?\.safetensors(\.index\.json)?")
 LARGEST_CODE = 7
 
@@ -336,8 +337,10 @@ def make_tensors(outputs: dict[str, Output], reader: Reader, bar: Any) -> Callab
             if output.sources not in made:
                 result = output.make(*(reader(source) for source in output.sources))
                 made[output.sources] = list(result) if isinstance(result, tuple) else [result]
-            yield name, made[output.sources][output.part]
-            made[output.sources][output.part] = None
+                del result
+            tensor, made[output.sources][output.part] = made[output.sources][output.part], None
+            yield name, tensor
+            del tensor
             users[output.sources] -= 1
             if not users[output.sources]:
                 del made[output.sources]
@@ -360,8 +363,9 @@ def write_checked(path: Path, entries: Entries, stream: Callable) -> str:
             )  # the header, which stands there before the first tensor is asked for
             for name, tensor in stream(names):
                 tensor = tensor.contiguous()
-                written.add(tensor.reshape(-1).view(torch.uint8).numpy())
+                written.add(tensor.reshape(-1).view(torch.uint8).numpy(), wait=tensor.nbytes > LARGE)
                 yield name, tensor
+                del tensor  # before the next one is made
 
         write_shard(partial, entries, hashed)
         expected = written.hexdigest()
@@ -383,10 +387,14 @@ class Hash:
     def __exit__(self, *problem: Any) -> None:
         self.thread.shutdown()
 
-    def add(self, data: Any) -> None:
+    def add(self, data: Any, wait: bool = False) -> None:
+        """Returns when the piece before is done, or this one too, so that a large one is not held any longer."""
         if self.last is not None:
             self.last.result()
         self.last = self.thread.submit(self.digest.update, data)
+        if wait:
+            self.last.result()
+            self.last = None
 
     def hexdigest(self) -> str:
         if self.last is not None:

@@ -611,6 +611,7 @@ def write_shard(
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {entries[name]}."
                 )
             _write(handle, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            del tensor  # before the next one is made
 
 
 def _write(handle: BinaryIO, data: Any) -> None:
