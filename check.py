@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kimi.configuration_kimi import KimiK25Config
-from kimi.kimi_checkpoint import Source, check_sources, model_slots, read_header
+from kimi.kimi_checkpoint import check_sources, model_slots, read_sources
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 from kimi.tokenization_kimi import NAMED_TOKENS, NUM_RESERVED, TikTokenTokenizer
 
@@ -108,15 +108,14 @@ def check_config(folder: Path, state: dict[str, Any]) -> str:
 def check_shards(folder: Path, state: dict[str, Any]) -> str:
     files = sorted(folder.glob("model*.safetensors"))
     demand(bool(files), "no model*.safetensors file")
-    sources: dict[str, Source] = {}
+    sources = read_sources([str(file) for file in files], None, None)
+    ends: dict[str, int] = {}
+    for source in sources.values():
+        ends[source.file] = max(source.end, ends.get(source.file, 0))
     for file in files:
-        found = read_header(str(file))
-        twice = sources.keys() & found.keys()
-        demand(not twice, f"{min(twice, default='')} is in two shards, the second is {file.name}")
-        end = max((source.end for source in found.values()), default=0)
         size = file.stat().st_size
-        demand(end == size or not found, f"{file.name} has {size} bytes, its header accounts for {end}")
-        sources.update(found)
+        end = ends.get(str(file), size)
+        demand(end == size, f"{file.name} has {size} bytes, its header accounts for {end}")
     state["shards"] = sources
     total = sum(source.end - source.begin for source in sources.values())
     return f"{len(files)} files, {total:,} bytes of tensors"

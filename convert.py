@@ -35,12 +35,12 @@ from kimi.kimi_checkpoint import (
     Entries,
     Source,
     parse_size,
-    read_header,
+    read_sources,
     split_names,
     write_shard,
 )
 from kimi.kimi_int4 import GROUP_SIZE, dequantize_int4, pack_int4, quantize_int4
-from kimi.kimi_slots import read_exactly
+from kimi.kimi_slots import Shard
 
 EXPERT = re.compile(
     r"(?P<layer>.*\.layers\.(?P<index>\d+)\.mlp\.experts\.)(?P<expert>\d+)(?P<matrix>\.(?:gate|up|down)_proj\.)"
@@ -83,9 +83,7 @@ def read_checkpoint(folder: Path) -> dict[str, Source]:
     files = sorted(path for path in folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} has no model*.safetensors file.")
-    sources: dict[str, Source] = {}
-    for file in files:
-        sources.update(read_header(str(file)))
+    sources = read_sources([str(file) for file in files], None, None)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         promised = json.loads(index.read_text())["weight_map"]
@@ -98,22 +96,20 @@ def read_checkpoint(folder: Path) -> dict[str, Source]:
 
 
 class Reader:
-    """Reads tensors of a checkpoint; the last file stays open."""
+    """Reads tensors of a checkpoint; the last file stays open, and must stay what it was."""
 
     def __init__(self, sources: dict[str, Source]):
-        self.sources, self.file, self.handle = sources, "", None
+        self.sources, self.file, self.shard = sources, "", None
 
     def __call__(self, name: str) -> torch.Tensor:
         source = self.sources[name]
         if source.file != self.file:
-            if self.handle is not None:
-                self.handle.close()
-            self.file, self.handle = source.file, open(source.file, "rb", buffering=0)  # noqa: SIM115
+            if self.shard is not None:
+                self.shard.handle.close()
+            self.file, self.shard = source.file, Shard(source.file, source.stamp)
         tensor = torch.empty(source.shape, dtype=source.dtype)
         try:
-            read_exactly(
-                self.handle.fileno(), source.begin, memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-            )
+            self.shard.read(source.begin, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
         except OSError as error:
             raise OSError(f"{name} could not be read from {source.file}: {error}.") from error
         return tensor

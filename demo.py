@@ -8,7 +8,6 @@ the published one.
 """
 
 import argparse
-import io
 import json
 import os
 import random
@@ -22,6 +21,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 
+from examples.pictures import encode_mp4
 from examples.train_tiny.shapes import Shape, draw_clip, draw_scene
 
 ROOT = Path(__file__).resolve().parent
@@ -62,19 +62,11 @@ def make_clip() -> tuple[Any, list[Image.Image], str]:
         Shape("purple", "circle"), "from left to right", MOVES_AT, 13, FPS * SECONDS, random.Random(4)
     )
     try:
-        import av
+        data = encode_mp4(frames, FPS)
     except ImportError:
         what = f"{len(frames)} frames as a list (PyAV, which would encode them, is not installed)"
         return frames, frames, what
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS)
-        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
-        container.mux(stream.encode())
-    what = f"{len(frames)} frames at {FPS}/s, H.264, {len(file.getvalue()):,} bytes"
-    return file.getvalue(), frames, what
+    return data, frames, f"{len(frames)} frames at {FPS}/s, H.264, {len(data):,} bytes"
 
 
 def thumbnail(image: Image.Image, columns: int = 48) -> str:

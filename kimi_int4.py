@@ -56,13 +56,20 @@ def quantize_int4(
     The scale is rounded to its stored dtype before it divides, and ties go to even. A group of zeros gets the smallest
     fp32 step as scale. M must be a multiple of 32.
     """
+    values, scale = round_int4(weight, largest_code, scale_dtype)
+    return pack_int4(values.flatten(-2).to(torch.int8)), scale
+
+
+def round_int4(
+    weight: torch.Tensor, largest_code: int = 7, scale_dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `quantize_int4` packs: whole numbers (..., N, M/32, 32) fp32 and the scales (..., N, M/32)."""
     if weight.shape[-1] % GROUP_SIZE:
         raise ValueError(f"{weight.shape[-1]} inputs are not a multiple of the group size {GROUP_SIZE}.")
     groups = weight.float().unflatten(-1, (-1, GROUP_SIZE))  # (..., N, M/32, 32)
     eps = torch.finfo(torch.float32).eps
     scale = (groups.abs().amax(-1).clamp(min=eps * largest_code) / largest_code).to(scale_dtype)
-    values = (groups / scale.float().unsqueeze(-1)).round().clamp(-largest_code, largest_code)
-    return pack_int4(values.flatten(-2).to(torch.int8)), scale
+    return (groups / scale.float().unsqueeze(-1)).round().clamp(-largest_code, largest_code), scale
 
 
 def dequantize_int4(

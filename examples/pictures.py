@@ -44,14 +44,20 @@ def picture_png() -> bytes:
 def clip_mp4() -> bytes:
     """The frames as H.264 in MP4."""
     try:
-        import av
+        return encode_mp4(draw_frames(), CLIP_FPS, {"crf": "10"})
     except ImportError as error:
         raise SystemExit(f"encoding the clip needs `pip install av` ({error})") from None
+
+
+def encode_mp4(frames: list[Image.Image], fps: int, options: dict[str, str] | None = None) -> bytes:
+    """Frames of one even size as H.264 in MP4; `options` are the encoder's. Raises ImportError without PyAV."""
+    import av
+
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=CLIP_FPS, options={"crf": "10"})
-        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
-        for frame in draw_frames():
+        stream = container.add_stream("libx264", rate=fps, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
+        for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
     return file.getvalue()

@@ -1,10 +1,11 @@
 """A sun that goes over a field: something to look at for the notebook, drawn and encoded on the spot."""
 
-import io
 import math
 from typing import Any
 
 from PIL import Image, ImageDraw
+
+from .pictures import encode_mp4
 
 FPS = 24
 
@@ -26,14 +27,7 @@ def make_clip(num_frames: int = 60, size: tuple[int, int] = (320, 180)) -> tuple
     """2.5 seconds of it: an MP4 in memory where PyAV can encode one, else its frames. And what it is."""
     frames = [draw_scene(*size, progress=i / (num_frames - 1)) for i in range(num_frames)]
     try:
-        import av
+        data = encode_mp4(frames, FPS)
     except ImportError:
         return frames, f"{num_frames} frames as a list (PyAV, which would encode them, is not installed)"
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
-        container.mux(stream.encode())
-    return file.getvalue(), f"{num_frames} frames at {FPS}/s, H.264, {len(file.getvalue()):,} bytes"
+    return data, f"{num_frames} frames at {FPS}/s, H.264, {len(data):,} bytes"

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoProcessor
 
 from kimi.configuration_kimi import KimiK25Config
-from kimi.kimi_int4 import GROUP_SIZE, quantize_int4
+from kimi.kimi_int4 import quantize_int4, round_int4
 from kimi.kimi_moe import Experts
 from kimi.kimi_tools import render_tool_declaration
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
@@ -45,7 +45,6 @@ VISION = {
     "init_pos_emb_height": 8,
     "init_pos_emb_width": 8,
 }
-LARGEST_CODE = 7
 
 
 def sample_text(num_samples: int = 12_000, seed: int = 0) -> str:
@@ -82,14 +81,13 @@ def load_processor(folder: Path) -> Any:
 class FakeInt4(nn.Module):
     """Weights as int4 will have them, gradients as if they had not been rounded (straight-through).
 
-    absmax / 7 in each group of 32 inputs, as `quantize_int4`, with the scale rounded to bfloat16.
+    By the rule of the export: absmax / 7 in each group of 32 inputs, the scale rounded to bfloat16.
     """
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            groups = weight.unflatten(-1, (-1, GROUP_SIZE))
-            scale = (groups.abs().amax(-1, keepdim=True).clamp(min=1e-6) / LARGEST_CODE).bfloat16().float()
-            rounded = ((groups / scale).round().clamp(-LARGEST_CODE, LARGEST_CODE) * scale).flatten(-2)
+            values, scale = round_int4(weight)
+            rounded = (values * scale.float().unsqueeze(-1)).flatten(-2)
         return weight + (rounded - weight).detach()
 
 
@@ -122,7 +120,7 @@ def export(model: KimiK25ForConditionalGeneration, folder: Path) -> None:
             if isinstance(experts, Experts):
                 for projection in experts.shapes:
                     weight = trained[f"{name}.parametrizations.{projection}_weight.original"]
-                    words, scale = quantize_int4(weight, LARGEST_CODE)
+                    words, scale = quantize_int4(weight)
                     getattr(experts, f"{projection}_weight_packed").copy_(words)
                     getattr(experts, f"{projection}_weight_scale").copy_(scale)
     partial = folder / "weights.part"
