@@ -1,11 +1,16 @@
 """Small models that the tests share: the golden toy, and a seeded int4 one with every kind of tensor."""
 
 import json
+import os
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
+import pytest
 import torch
 
-from conftest import DATA
+from conftest import DATA, ROOT
 from kimi.configuration_kimi import PUBLISHED_QUANTIZATION, KimiK25Config
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 
@@ -96,3 +101,18 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, atol: float, why: str) -
     assert difference.max() <= atol, (
         f"max {difference.max():.3g} mean {difference.mean():.3g} > {atol:g} in {got.dtype}: {why}"
     )
+
+
+def compile_without_a_gpu(script: str, arch: int, folder: Path) -> None:
+    """Runs a script that compiles Triton kernels for sm_`arch`, in a process where the interpreter is off."""
+    pytest.importorskip("triton.backends.nvidia", reason="this triton has no CUDA compiler")
+    (folder / "compile.py").write_text(script)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder / "cache")}
+    done = subprocess.run(
+        [sys.executable, str(folder / "compile.py"), str(arch)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -5,8 +5,6 @@ Like test_int4_triton.py this sets TRITON_INTERPRET before triton is imported, u
 
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,8 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="triton is not installed (make test-kernels installs it)")
 
-from builders import assert_close  # noqa: E402
-from conftest import ROOT  # noqa: E402
+from builders import assert_close, compile_without_a_gpu  # noqa: E402
 from kimi import kimi_attention_triton  # noqa: E402
 from kimi.kimi_attention import latent_attention, readable_mask  # noqa: E402
 from kimi.kimi_attention_triton import AttentionBlocks, latent_attention_triton, num_splits  # noqa: E402
@@ -244,17 +241,7 @@ print(shared)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernel_compiles(arch, tmp_path):
     """For bf16 at real sizes: tensor cores, asynchronous copies, and blocks that fit shared memory."""
-    pytest.importorskip("triton.backends.nvidia", reason="this triton has no CUDA compiler")
-    (tmp_path / "compile.py").write_text(COMPILE)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "compile.py"), str(arch)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    compile_without_a_gpu(COMPILE, arch, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ GPU only

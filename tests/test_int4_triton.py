@@ -6,8 +6,6 @@ spilling registers, `test_kernels_compile` checks in a process of its own; trito
 """
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,8 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="triton is not installed (make test-kernels installs it)")
 
-from builders import assert_close  # noqa: E402
-from conftest import ROOT  # noqa: E402
+from builders import assert_close, compile_without_a_gpu  # noqa: E402
 from kimi import kimi_int4_triton  # noqa: E402
 from kimi.kimi_int4 import pack_int4  # noqa: E402
 from kimi.kimi_int4_triton import (  # noqa: E402
@@ -326,17 +323,7 @@ for kernel, blocks in ((k.gate_up_prefill_kernel, table[-1][1]), (k.down_prefill
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernels_compile(arch, tmp_path):
     """For bf16 at real sizes: words are read 16 bytes at a time, products use tensor cores, tiles fit shared memory."""
-    pytest.importorskip("triton.backends.nvidia", reason="this triton has no CUDA compiler")
-    (tmp_path / "compile.py").write_text(COMPILE)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "compile.py"), str(arch)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    compile_without_a_gpu(COMPILE, arch, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ GPU only
