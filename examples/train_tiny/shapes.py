@@ -86,6 +86,18 @@ def draw_scene(shapes: list[Shape], rng: random.Random, size: int = SIZE) -> Ima
     return image
 
 
+def along(progress: float) -> float:
+    """Where on its way, from -1 to 1, a shape is after this share of its time: it starts and stops gently."""
+    return -math.cos(math.pi * min(1.0, max(0.0, progress)))
+
+
+def place_on_the_way(direction: str, progress: float) -> str:
+    """The name of the third of the picture where the shape of a clip then is."""
+    (dx, dy), position = DIRECTIONS[direction], along(progress)
+    third = -1 if position < -0.3 else 1 if position > 0.3 else 0
+    return next(name for name, place in PLACES.items() if place == (1 + dx * third, 1 + dy * third))
+
+
 def draw_clip(
     shape: Shape,
     direction: str,
@@ -97,15 +109,14 @@ def draw_clip(
 ) -> list[Image.Image]:
     """The shape rests, crosses the picture in `lasts` frames from frame `starts` on, and rests again."""
     dx, dy = DIRECTIONS[direction]
-    radius, colour = size * rng.uniform(0.1, 0.15), nearby(COLOURS[shape.colour], rng)
+    radius, colour = size * rng.uniform(0.12, 0.17), nearby(COLOURS[shape.colour], rng)
     across = rng.uniform(-0.15, 0.15) * size
     reach = size / 2 - radius - rng.uniform(1, 6)
     empty, frames = background(rng, size), []
     for index in range(num_frames):
-        progress = min(1.0, max(0.0, (index - starts) / lasts))
-        along = reach * -math.cos(math.pi * progress)  # starts and stops gently
-        x = size / 2 + (dx * along if dx else across)
-        y = size / 2 + (dy * along if dy else across)
+        way = reach * along((index - starts) / lasts)
+        x = size / 2 + (dx * way if dx else across)
+        y = size / 2 + (dy * way if dy else across)
         frame = empty.copy()
         draw_shape(frame, shape, x, y, radius, colour)
         frames.append(frame)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .shapes import COLOURS, DIRECTIONS, PLACES, SHAPES, SIZE, Shape, draw_clip, draw_scene
+from .shapes import COLOURS, DIRECTIONS, PLACES, SHAPES, Shape, draw_clip, draw_scene, place_on_the_way
 
 SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 HELD_OUT = 12  # one key in so many is never trained on
@@ -107,7 +107,10 @@ def random_decimal(rng: random.Random, whole: int | None = None) -> str:
 
 
 def compare_steps(a: str, b: str, language: str) -> tuple[list[str], int]:
-    """The comparison place by place, and its result: 1 if a is bigger, -1 if b is, 0 if they are equal."""
+    """The comparison place by place, and its result: 1 if a is bigger, -1 if b is, 0 if they are equal.
+
+    Both digits are said before they are judged: what the model has not yet said it has to see through four layers.
+    """
     chinese = language == "zh"
     (whole_a, _, frac_a), (whole_b, _, frac_b) = a.partition("."), b.partition(".")
     length = max(len(frac_a), len(frac_b))
@@ -118,7 +121,7 @@ def compare_steps(a: str, b: str, language: str) -> tuple[list[str], int]:
     steps = []
     for name, left, right in places:
         sign = "=" if left == right else ">" if left > right else "<"
-        steps.append(f"{name}：{left} {sign} {right}" if chinese else f"{name}: {left} {sign} {right}")
+        steps.append(f"{name}：{left}、{right}，{sign}" if chinese else f"{name}: {left} and {right}, {sign}")
         if left != right:
             return steps, 1 if left > right else -1
     return steps, 0
@@ -154,17 +157,13 @@ def decimals(rng: random.Random, language: str | None = None, pair: tuple[str, s
 
 # ------------------------------------------------------------------------------------------------------------- images
 
-NUMBER_WORDS = ["no shapes", "one shape", "two shapes", "three shapes"]
+NUMBER_WORDS = ["are no shapes", "is one shape", "are two shapes", "are three shapes"]
 IMAGE_PROMPTS = [
     "Describe this image in detail.",
     "Describe the image.",
     "What do you see in this image?",
     "What is in this picture?",
 ]
-
-
-def join(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
 def with_text(part: dict[str, Any], text: str, rng: random.Random) -> list[dict[str, Any]]:
@@ -176,11 +175,12 @@ def images(rng: random.Random) -> Sample:
     places = rng.sample(list(PLACES), rng.choice([1, 2, 2, 3, 3]))
     places.sort(key=list(PLACES).index)  # as one reads
     shapes = [Shape(rng.choice(list(COLOURS)), rng.choice(SHAPES), place) for place in places]
-    image = draw_scene(shapes, rng, rng.choice([SIZE] * 9 + [2 * SIZE]))
-    by_place = {shape.place: str(shape) for shape in shapes}
-    seen = "; ".join(f"{place}, {by_place.get(place, 'none')}" for place in PLACES)
-    thought = f"I look at each place. {seen}. That is {NUMBER_WORDS[len(shapes)]}."
-    content = f"There is {join([f'a {shape} {shape.place}' for shape in shapes])}."
+    image = draw_scene(shapes, rng)
+    items = {shape.place: f"{i}. a {shape} {shape.place}" for i, shape in enumerate(shapes, 1)}
+    seen = "; ".join(f"{place}: {items.get(place, 'none')}" for place in PLACES)
+    there = f"There {NUMBER_WORDS[len(shapes)]}"
+    thought = f"I look at each place. {seen}. {there}."
+    content = f"{there}: {'; '.join(items.values())}."
     question = with_text({"type": "image", "image": image}, rng.choice(IMAGE_PROMPTS), rng)
     key = "images " + "; ".join(f"{shape} {shape.place}" for shape in shapes)
     return Sample(
@@ -228,15 +228,20 @@ def clips(rng: random.Random) -> Sample:
     starts = CHUNK * chunk + rng.uniform(-0.4, 0.3)
     shortest = (
         min(CHUNK, num_frames - CHUNK * chunk) - 1.4
-    )  # steps: it crosses the picture within the chunk ...
-    longest = max(num_frames - 1 - starts, shortest)  # ... or within the rest of the clip
+    )  # frames: it crosses the picture within the chunk, or ...
+    longest = max(
+        min(num_frames - 1 - starts, 6.6), shortest
+    )  # ... within the next, so that each chunk sees it move
     lasts = rng.uniform(shortest, shortest + 0.7) if rng.random() < 0.6 else rng.uniform(shortest, longest)
     frames = draw_clip(shape, direction, starts, lasts, num_frames, rng)
     when = timestamp(CHUNK * chunk / fps)
-    thought = (
-        f"I look at the frames chunk by chunk. The shape is a {shape}. It starts to move in the chunk at {when},"
-        f" {direction}."
-    )
+    seen = []
+    for first in range(0, num_frames, CHUNK):
+        ends = first, min(first + CHUNK, num_frames) - 1
+        here, there = (place_on_the_way(direction, (frame - starts) / lasts) for frame in ends)
+        verb = "rests" if here == there else "moves"
+        seen.append(f"{timestamp(first / fps)}: {here}, {there}, {verb}")
+    thought = f"I see a {shape}. {'; '.join(seen)}. So it starts to move at {when}, {direction}."
     content = f"A {shape} moves {direction}, starting at {when}."
     question = with_text({"type": "video", "video": frames, "fps": fps}, rng.choice(CLIP_PROMPTS), rng)
     key = f"clips {shape} {direction} {when} {num_frames} {fps}"
@@ -286,8 +291,8 @@ def memory(
     language = language or rng.choice(["en", "en", "zh"])
     keep = rng.random() < 0.875 if keep_thoughts is None else keep_thoughts
     if numbers is None:
-        largest = rng.choice([999, 999, 999, 99, 9999])
-        numbers = rng.sample(range(1 if largest < 999 else 100, largest + 1), rng.choice([5, 5, 5, 4, 6]))
+        smallest = rng.choice([100, 100, 100, 10, 1000])
+        numbers = rng.sample(range(smallest, 10 * smallest), rng.choice([5, 5, 5, 4, 6]))
     told = 3 if len(numbers) >= 5 else 2
     rest, counts = numbers[told:], EN_COUNTS if language == "en" else ZH_COUNTS
     words = {
@@ -329,14 +334,19 @@ PEOPLE = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "I
 # fmt: on
 SKIES = ("sunny", "cloudy", "rainy", "windy", "foggy")
 PLACE_PARAMETERS = ("city", "location", "place", "town")
-WEATHER_TOOLS = ("get_weather", "weather", "query_weather", "lookup_weather", "current_weather")
-PERSON_TOOLS = ("find_person", "get_home", "lookup_person", "where_lives", "get_city_of")
+# So many names that the one declared has to be read.
+VERBS = ("get", "find", "lookup", "query", "fetch", "show", "read", "check")
+WEATHER_NOUNS, PERSON_NOUNS = ("weather", "forecast", "sky", "report"), ("person", "home", "address", "city")
 OTHER_TOOLS = (
     ("get_time", "The local time of a city", "city"),
     ("convert_currency", "Converts an amount of money", "amount"),
     ("search", "Searches the web", "query"),
     ("send_mail", "Sends a mail", "address"),
 )
+
+
+def tool_name(nouns: tuple[str, ...], rng: random.Random) -> str:
+    return f"{rng.choice(VERBS)}_{rng.choice(nouns)}"
 
 
 def declare(name: str, description: str, parameter: str) -> dict[str, Any]:
@@ -354,6 +364,7 @@ class Conversation:
         call_id, arguments = f"functions.{name}:{self.calls}", json.dumps({parameter: value})
         function = {"name": name, "arguments": arguments}
         calls = [{"id": call_id, "type": "function", "function": function}]
+        thought = f"{thought} I call {name} with {parameter}."
         self.messages.append(assistant(thought, "", tool_calls=calls))
         self.messages.append({"role": "tool", "name": name, "tool_call_id": call_id, "content": result})
         self.calls += 1
@@ -361,12 +372,12 @@ class Conversation:
 
 def tools(rng: random.Random) -> Sample:
     """A question about the weather of a city, of two cities, or of where somebody lives."""
-    weather, person = rng.choice(WEATHER_TOOLS), rng.choice(PERSON_TOOLS)
+    weather, person = tool_name(WEATHER_NOUNS, rng), tool_name(PERSON_NOUNS, rng)
     place, who = rng.choice(PLACE_PARAMETERS), rng.choice(("name", "person"))
     one, two = rng.sample(CITIES, 2)
     name = rng.choice(PEOPLE)
     kind = rng.choice(["one", "two", "chain"])
-    degrees = rng.sample(range(-9, 40), 2)
+    degrees = rng.sample(range(1, 40), 2)
     skies = rng.choice(SKIES), rng.choice(SKIES)
     results = [f"{degree} degrees, {sky}" for degree, sky in zip(degrees, skies, strict=True)]
     declared = [declare(weather, "The weather of a city", place)]
@@ -375,9 +386,10 @@ def tools(rng: random.Random) -> Sample:
         chat = Conversation(question.format(one, two), rng)
         chat.call(f"I need the weather of {one} and of {two}. First {one}.", weather, place, one, results[0])
         chat.call(f"{one} has {degrees[0]} degrees. Now {two}.", weather, place, two, results[1])
-        sign, winner = (">", one) if degrees[0] > degrees[1] else ("<", two)
+        sign, which, winner = (">", "first", one) if degrees[0] > degrees[1] else ("<", "second", two)
         last = assistant(
-            f"{one} has {degrees[0]} degrees, {two} has {degrees[1]} degrees. {degrees[0]} {sign} {degrees[1]}.",
+            f"{one}: {degrees[0]}; {two}: {degrees[1]}. {degrees[0]} and {degrees[1]}, {sign}. The {which} is bigger,"
+            f" so {winner} is warmer.",
             f"It is warmer in {winner}.",
         )
     else:
@@ -442,7 +454,7 @@ TASKS: dict[str, Callable[..., Sample]] = {
     "tools": tools,
     "smalltalk": smalltalk,
 }
-WEIGHTS = {"decimals": 5.0, "images": 7.0, "clips": 6.0, "memory": 3.0, "tools": 4.0, "smalltalk": 0.3}
+WEIGHTS = {"decimals": 5.0, "images": 7.0, "clips": 6.0, "memory": 3.0, "tools": 5.0, "smalltalk": 0.3}
 
 
 # ----------------------------------------------------------------------------------------------------------- checking
