@@ -6,8 +6,8 @@
     python convert.py mlx    SRC DST                   the config that MLX wants; weights are linked, not copied
     python convert.py gguf   SRC IN.gguf OUT.gguf      the experts of a GGUF file as Q4_0, exactly as they are here
 
-A tensor is in memory while it is converted and no longer. Each finished shard is read back and compared with what was
-written; its SHA-256 goes into SHA256SUMS (`sha256sum -c SHA256SUMS` checks a copy). The same command again goes on where
+A tensor is in memory while it is converted and no longer. Each shard is read back behind its writer and compared with what
+was written; its SHA-256 goes into SHA256SUMS (`sha256sum -c SHA256SUMS` checks a copy). The same command again goes on where
 it was interrupted. DST gets all other files of SRC.
 
 int4 of bf16 that came from int4 is the int4 it came from, bit for bit: the scale of a group is found again from the
@@ -22,7 +22,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -48,6 +48,7 @@ EXPERT = re.compile(
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 ROUTER = re.compile(r"\.mlp\.gate\.(weight|e_score_correction_bias)$")
 CHECK_BYTES = 16 * 2**20
+READ_BACK_STEP = 256 * 2**20  # bytes that are written before they are read back
 LARGE = 256 * 2**20  # bytes of a tensor that is not held while the next one is read
 SHARD = re.compile(r"model(-\d{5}-of-\d{5,6})?\.safetensors(\.index\.json)?")
 LARGEST_CODE = 7
@@ -351,21 +352,21 @@ def write_checked(path: Path, entries: Entries, stream: Callable) -> str:
     Raises OSError if what is on the disk is not what was written.
     """
     partial = path.with_name(f"{path.name}.part")
-    with Hash() as written:
+    with Hash() as written, ReadBack(partial) as found:
 
         def hashed(names: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
-            written.add(
-                partial.read_bytes()
-            )  # the header, which stands there before the first tensor is asked for
+            # The header stands there before the first tensor is asked for.
+            written.add(partial.read_bytes())
             for name, tensor in stream(names):
                 tensor = tensor.contiguous()
                 written.add(tensor.reshape(-1).view(torch.uint8).numpy(), wait=tensor.nbytes > LARGE)
                 yield name, tensor
                 del tensor  # before the next one is made
+                found.follow()
 
         write_shard(partial, entries, hashed)
-        expected = written.hexdigest()
-    if read_back(partial) != expected:
+        expected, read = written.hexdigest(), found.hexdigest()
+    if read != expected:
         raise OSError(f"{partial} is not what was written: the disk or its cable is at fault.")
     os.replace(partial, path)
     return expected
@@ -398,21 +399,49 @@ class Hash:
         return self.digest.hexdigest()
 
 
-def read_back(path: Path) -> str:
-    """The SHA-256 of the file as it is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        if hasattr(os, "posix_fadvise"):  # from the disk, not from the cache of what was just written
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        with Hash() as found:
-            start = 0
-            while data := os.pread(descriptor, CHECK_BYTES, start):
-                found.add(data)
-                start += len(data)
-            return found.hexdigest()
-    finally:
-        os.close(descriptor)
+class ReadBack:
+    """Reads a growing file back from the disk, in a thread behind its writer, into a SHA-256."""
+
+    def __init__(self, path: Path):
+        self.path, self.asked, self.done = path, 0, 0
+        self.thread, self.hash = ThreadPoolExecutor(1), Hash()
+        self.reads: list[Future] = []
+
+    def __enter__(self) -> "ReadBack":
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self.thread.shutdown(cancel_futures=True)
+        self.hash.thread.shutdown()
+
+    def follow(self, step: int = READ_BACK_STEP) -> None:
+        """Reads what has been written since, if it is at least `step` bytes."""
+        size = self.path.stat().st_size
+        if size - self.asked >= step:
+            self.asked = size
+            self.reads.append(self.thread.submit(self.read_to, size))
+
+    def read_to(self, end: int) -> None:
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            if hasattr(os, "posix_fadvise"):  # from the disk, not from the cache of what was just written
+                os.posix_fadvise(descriptor, self.done, end - self.done, os.POSIX_FADV_DONTNEED)
+            while self.done < end:
+                data = os.pread(descriptor, min(CHECK_BYTES, end - self.done), self.done)
+                if not data:
+                    raise OSError(f"{self.path} ends after {self.done:,} of {end:,} bytes that were written.")
+                self.hash.add(data)
+                self.done += len(data)
+        finally:
+            os.close(descriptor)
+
+    def hexdigest(self) -> str:
+        """Of the whole file, when all of it is written."""
+        self.follow(step=1)
+        for read in self.reads:
+            read.result()
+        return self.hash.hexdigest()
 
 
 def begin(target: Path, source: Path, config: dict[str, Any], entries: Entries) -> dict[str, str]:
