@@ -36,7 +36,7 @@ from transformers.utils import logging
 
 from .kimi_moe import Experts
 from .kimi_pool import PooledExperts
-from .kimi_slots import ExpertFiles, Part, check_stamp, file_stamp, read_exactly
+from .kimi_slots import READERS, ExpertFiles, Part, check_stamp, empty_for_weights, file_stamp, read_exactly
 
 DTYPES = {
     "F64": torch.float64,
@@ -51,7 +51,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-READERS = 4  # threads that read; see LOG.md
 IN_FLIGHT = 2 * READERS  # parts being read or waiting for a thread
 PIECE_BYTES = 32 * 2**20  # of a file, read by one thread at a time
 SHOWN = 3  # names listed in an error before "and N more"
@@ -420,7 +419,7 @@ def _allocate(slot: Slot, source: Source, dtype: torch.dtype | None, device: Any
         dtype = torch.float32
     elif stays or dtype is None or not source.dtype.is_floating_point:
         dtype = source.dtype
-    return torch.empty(slot.target.shape, dtype=dtype, device="cpu" if device == "disk" else device)
+    return empty_for_weights(slot.target.shape, dtype, "cpu" if device == "disk" else device)
 
 
 def _read_into(place: torch.Tensor, piece: Piece, handle: BinaryIO | None) -> None:

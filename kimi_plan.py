@@ -343,8 +343,15 @@ def _notes(machine: Machine, job: Job, placement: Placement, tiers: dict[int, st
         where = {"embed": "embed_tokens", "vision": "the vision tower and projector"}
         moved = " and ".join(where[name] for name in placement.outside)
         notes.append(f"The GPU is too small for {moved}, which run on the CPU from RAM.")
-    if len(set(tiers.values())) > 1 or (machine.gpus and "gpu" not in tiers.values()):
-        notes.append("Experts in RAM or on disk are computed by the CPU; only hidden states cross PCIe.")
+    if machine.gpus and set(tiers.values()) != {"gpu"}:
+        notes.append(
+            'The ceiling has experts in RAM or on disk computed by the CPU. from_pretrained(..., device_map="auto",'
+            ' expert_cache="auto") brings them to the layer\'s device as they are asked for, which is no faster.'
+        )
+    elif "disk" in tiers.values():
+        notes.append(
+            'Load it with from_pretrained(..., expert_cache="auto"): RAM then has whichever experts are busy, of any layer.'
+        )
     if "disk" in tiers.values():
         notes.append(
             "Reads from disk are counted for even routing; real routing is uneven, and a cache of experts gains by it."

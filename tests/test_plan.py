@@ -279,6 +279,19 @@ def test_golden_24_gb_and_128_gb_of_ram_and_nvme():
     assert result.ceiling.tokens_per_s == pytest.approx(1 / (1.330644 + 0.005591 + 0.022538), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "ram", "words"),
+    [
+        ("1x24GB", 768, 'device_map="auto", expert_cache="auto"'),
+        ("none", 128, 'expert_cache="auto"'),
+        ("8xH200", 0, None),
+    ],
+)
+def test_the_notes_say_how_to_load_experts_that_lie_elsewhere(gpus, ram, words):
+    notes = " ".join(plan(FULL, gpus, ram * GIB, 2 * TB, context=16_384).notes)
+    assert words in notes if words else "expert_cache" not in notes
+
+
 def test_golden_cpu_only():
     """Weights 595,148,192,736, cache 61 * 339,738,624 = 20,724,056,064, workspace at most 16.0 GB, reserve 20.8 GB:
     652.7 of 824.6 GB. 32,986,516,736 bytes a token at 460.8 GB/s: 14.0 tokens/s.

@@ -18,7 +18,7 @@ from conftest import ROOT
 from kimi import kimi_pool, kimi_slots
 from kimi.kimi_pool import PooledExperts, all_fit, requested
 from kimi.kimi_sizes import expert_bytes
-from kimi.kimi_slots import ExpertFiles, Part, SlotCache, Visit, Worth
+from kimi.kimi_slots import ExpertFiles, Part, SlotCache, Visit, Worth, empty_for_weights
 from kimi.kimi_usage import Routing
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
 from kimi.tiny_checkpoint import write_tiny_checkpoint
@@ -659,3 +659,13 @@ def test_pooled_experts_are_made_on_meta_and_say_so():
     experts = PooledExperts(small_config().text_config, 1, pool)
     assert not list(experts.parameters()) and "in the pool" in repr(experts)
     assert {tensor.device.type for tensor in experts.templates.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (5, 2**20)], ids=["small", "empty", "on huge pages"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16])
+def test_memory_for_weights_is_a_tensor_like_others(shape, dtype):
+    tensor = empty_for_weights(shape, dtype)
+    assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+    tensor.fill_(3)
+    other = tensor.clone().share_memory_()
+    assert torch.equal(tensor, other) and torch.equal(copy.deepcopy(tensor), tensor)
