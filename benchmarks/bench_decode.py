@@ -6,7 +6,10 @@ its own, in turns, on the same files and threads. The native side needs transfor
     python -m venv .venv-native && .venv-native/bin/pip install -r requirements-next.txt compressed-tensors
     python benchmarks/bench_decode.py --native .venv-native/bin/python --plot docs/decode.png
 
-Without `--native` only our side runs. Takes about 4 minutes with it.
+Without `--native` only our side runs. Takes about 4 minutes with it. "Peak GB more" is the most resident memory of a prefill
+above what was resident before it, its cache included; Linux only. A long prompt alone:
+
+    python benchmarks/bench_decode.py --depths 64 --ours-also --prompts 32768
 """
 
 import argparse
@@ -41,6 +44,16 @@ STEPS = 15
 
 def resident_gb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gb() -> float:
+    """Most resident memory since `reset_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def load(side: str, folder: str):
@@ -78,6 +91,7 @@ def measure(side: str, folder: str, depths: list[int], prompts: list[int]) -> di
     start = time.perf_counter()
     model = load(side, folder).eval()
     result: dict = {"load_s": time.perf_counter() - start, "decode_ms": {}, "prefill_tokens_per_s": {}}
+    result["prefill_peak_gb"] = {}
     model(input_ids=ids(8), use_cache=True)
     result["resident_gb"] = resident_gb()
     for depth in depths:
@@ -92,12 +106,14 @@ def measure(side: str, folder: str, depths: list[int], prompts: list[int]) -> di
             times.append(time.perf_counter() - start)
         result["decode_ms"][depth] = statistics.median(times[2:]) * 1e3
     for length in prompts:
-        seconds = []
+        seconds, before = [], resident_gb()
+        reset_peak()
         for _ in range(3 if length <= 512 else 1):
             prompt, start = ids(length), time.perf_counter()
             model(input_ids=prompt, use_cache=True, logits_to_keep=1)
             seconds.append(time.perf_counter() - start)
         result["prefill_tokens_per_s"][length] = length / min(seconds)
+        result["prefill_peak_gb"][length] = peak_gb() - before
     return result
 
 
@@ -138,6 +154,9 @@ def report(results: dict[str, dict]) -> None:
     for length, value in ours["prefill_tokens_per_s"].items():
         other = native and native["prefill_tokens_per_s"].get(length)
         row(f"prefill {length}, tokens/s", value, other, other and value / other)
+    for length, value in ours["prefill_peak_gb"].items():
+        other = native and native["prefill_peak_gb"].get(length)
+        row(f"prefill {length}, peak GB more", value, other, other and other / max(value, 1e-3))
 
 
 def plot(results: dict[str, dict], path: str) -> None:
