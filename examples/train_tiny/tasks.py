@@ -128,7 +128,7 @@ def compare_steps(a: str, b: str, language: str) -> tuple[list[str], int]:
 
 
 def decimals(rng: random.Random, language: str | None = None, pair: tuple[str, str] | None = None) -> Sample:
-    language = language or rng.choice(["en", "en", "zh"])
+    language = language or rng.choice(["en", "zh"])
     a = random_decimal(rng)
     same_whole = int(a.partition(".")[0]) if rng.random() < 0.7 else None
     b = random_decimal(rng, same_whole)
@@ -219,7 +219,7 @@ def timestamp(seconds: float) -> str:
 
 def clips(rng: random.Random) -> Sample:
     """A clip of one to three chunks; the shape starts to move at the beginning of one of them."""
-    num_chunks = rng.choice([1, 2, 2, 3])
+    num_chunks = rng.choice([1, 1, 2, 3])  # one alone has its direction only in the order of its frames
     num_frames = rng.randint(CHUNK * num_chunks - 1, CHUNK * num_chunks)  # given at the sampled rate
     fps = 2.0 if rng.random() < 0.5 else round(rng.uniform(1.2, 2.0), 2)
     shape = Shape(rng.choice(list(COLOURS)), rng.choice(SHAPES))
@@ -454,7 +454,7 @@ TASKS: dict[str, Callable[..., Sample]] = {
     "tools": tools,
     "smalltalk": smalltalk,
 }
-WEIGHTS = {"decimals": 5.0, "images": 7.0, "clips": 6.0, "memory": 3.0, "tools": 5.0, "smalltalk": 0.3}
+WEIGHTS = {"decimals": 6.0, "images": 5.0, "clips": 8.0, "memory": 3.0, "tools": 4.0, "smalltalk": 0.3}
 
 
 # ----------------------------------------------------------------------------------------------------------- checking
