@@ -454,7 +454,7 @@ TASKS: dict[str, Callable[..., Sample]] = {
     "tools": tools,
     "smalltalk": smalltalk,
 }
-WEIGHTS = {"decimals": 6.0, "images": 5.0, "clips": 8.0, "memory": 3.0, "tools": 4.0, "smalltalk": 0.3}
+WEIGHTS = {"decimals": 7.0, "images": 4.0, "clips": 9.0, "memory": 2.5, "tools": 4.5, "smalltalk": 0.3}
 
 
 # ----------------------------------------------------------------------------------------------------------- checking

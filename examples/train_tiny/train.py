@@ -90,7 +90,7 @@ def train_step(model: torch.nn.Module, optims: list, batch: dict[str, Any], rate
     """One update; the mean loss of the tokens that the assistant says."""
     for optim in optims:
         for group in optim.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**batch, use_cache=False).loss
     loss.backward()
