@@ -22,7 +22,7 @@ LEAST = {
     "decimals": 18,
     "decimals in Chinese": 18,
     "images": 19,
-    "clips": 13,
+    "clips": 18,
     "memory": 19,
     "memory in Chinese": 19,
     "tools": 18,
