@@ -6,10 +6,18 @@ from decimal import Decimal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from examples.train_tiny.data import IGNORED, Batches, collate, encode
 from examples.train_tiny.evaluate import turns_to_ask
-from examples.train_tiny.model import FakeInt4, build_for_training, export, load_processor, write_untrained
+from examples.train_tiny.model import (
+    FakeInt4,
+    build_for_training,
+    export,
+    load_processor,
+    load_published,
+    write_untrained,
+)
 from examples.train_tiny.muon import orthogonalize
 from examples.train_tiny.tasks import (
     NEVER_TRAINED,
@@ -183,3 +191,17 @@ def test_thirty_steps_learn_resume_and_are_what_is_exported(folder, processor, t
 
     more = [step for step, _ in train(folder, work, steps=32, tokens=768)]
     assert more == [30, 31]
+
+    again = build_for_training(folder)
+    load_published(again, folder)
+    before = published_tensors(folder)
+    export(again, folder)
+    after = published_tensors(folder)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def published_tensors(folder):
+    return {
+        name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()
+    }

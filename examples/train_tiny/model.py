@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoProcessor
 
 from kimi.configuration_kimi import KimiK25Config
-from kimi.kimi_int4 import quantize_int4, round_int4
+from kimi.kimi_int4 import dequantize_int4, quantize_int4, round_int4
 from kimi.kimi_moe import Experts
 from kimi.kimi_tools import render_tool_declaration
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
@@ -101,6 +101,23 @@ def build_for_training(folder: Path) -> KimiK25ForConditionalGeneration:
         for name in list(experts._parameters):
             parametrize.register_parametrization(experts, name, FakeInt4())
     return model
+
+
+def load_published(model: KimiK25ForConditionalGeneration, folder: Path) -> None:
+    """Gives a model built by `build_for_training` the weights in `folder`; its experts begin at their int4 values."""
+    published = KimiK25ForConditionalGeneration.from_pretrained(folder)
+    trained = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in published.named_parameters():
+            if not name.endswith(("weight_packed", "weight_scale", "weight_shape")):
+                trained[name].copy_(parameter)
+        for name, experts in published.named_modules():
+            if isinstance(experts, Experts):
+                for projection in experts.shapes:
+                    words = getattr(experts, f"{projection}_weight_packed")
+                    scale = getattr(experts, f"{projection}_weight_scale")
+                    weight = trained[f"{name}.parametrizations.{projection}_weight.original"]
+                    weight.copy_(dequantize_int4(words, scale, torch.float32))
 
 
 # ----------------------------------------------------------------------------------------------------------- exporting

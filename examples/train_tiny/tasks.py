@@ -94,8 +94,8 @@ QUESTIONS = {
     ("zh", False): ["{a} 和 {b} 哪个更小？", "哪个更小，{a} 还是 {b}？"],
 }
 DIGIT_NAMES = {
-    "en": ["tenths", "hundredths", "thousandths"],
-    "zh": ["十分位", "百分位", "千分位"],
+    "en": ["tens", "ones", "tenths", "hundredths", "thousandths"],
+    "zh": ["十位", "个位", "十分位", "百分位", "千分位"],
 }
 
 
@@ -113,11 +113,10 @@ def compare_steps(a: str, b: str, language: str) -> tuple[list[str], int]:
     """
     chinese = language == "zh"
     (whole_a, _, frac_a), (whole_b, _, frac_b) = a.partition("."), b.partition(".")
-    length = max(len(frac_a), len(frac_b))
-    places = [("整数部分" if chinese else "whole parts", int(whole_a), int(whole_b))]
-    for i in range(length):
-        digit_a, digit_b = int(frac_a[i : i + 1] or 0), int(frac_b[i : i + 1] or 0)
-        places.append((DIGIT_NAMES[language][i], digit_a, digit_b))
+    wholes, length = max(len(whole_a), len(whole_b)), max(len(frac_a), len(frac_b))
+    digits_a = whole_a.rjust(wholes, "0") + frac_a.ljust(length, "0")
+    digits_b = whole_b.rjust(wholes, "0") + frac_b.ljust(length, "0")
+    places = zip(DIGIT_NAMES[language][2 - wholes :], map(int, digits_a), map(int, digits_b), strict=False)
     steps = []
     for name, left, right in places:
         sign = "=" if left == right else ">" if left > right else "<"

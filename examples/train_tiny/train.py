@@ -2,7 +2,9 @@
 
     python -m examples.train_tiny.train [--out kimi-tiny] [--steps 3600] [--work .train_tiny] [--seed 0]
 
-Everything is seeded. The state is saved to `--work` as it goes; the same command resumes from it, also with other steps.
+    python -m examples.train_tiny.train --further --out kimi-tiny --steps 500 --rate 4e-4 --work .train_further
+
+The second goes on from the weights that are published in `--out`. Everything is seeded. The state is saved to `--work` as it goes; the same command resumes from it, also with other steps.
 `losses.csv` there has the loss of each task; `python -m examples.train_tiny.train --plot FILE` draws it.
 """
 
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from kimi.kimi_moe import Router
 
 from .data import Batches
-from .model import build_for_training, export, load_processor, write_untrained
+from .model import build_for_training, export, load_processor, load_published, write_untrained
 from .muon import optimizers
 
 LEARNING_RATE = 3e-3
@@ -32,8 +34,8 @@ BALANCE = 1e-3  # how far a step moves the bias of an expert that gets too much 
 SAVE_EVERY = 250
 
 
-def learning_rate(step: int, steps: int) -> float:
-    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
+def learning_rate(step: int, steps: int, rate: float = LEARNING_RATE) -> float:
+    return rate * min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
 
 
 def balance_experts(model: torch.nn.Module) -> None:
@@ -102,21 +104,32 @@ def train_step(model: torch.nn.Module, optims: list, batch: dict[str, Any], rate
 
 
 def train(
-    folder: Path, work: Path, steps: int, tokens: int = 4096, seed: int = 0
+    folder: Path,
+    work: Path,
+    steps: int,
+    tokens: int = 4096,
+    seed: int = 0,
+    rate: float = LEARNING_RATE,
+    further: bool = False,
 ) -> Iterator[tuple[int, float]]:
-    """Trains up to `steps` steps and yields (step, loss) of each; saves the state, and the published folder at the end."""
+    """Trains up to `steps` steps and yields (step, loss) of each; saves the state, and the published folder at the end.
+
+    Begins with the state in `work`; without one with the weights in `folder` if `further`, else from nothing.
+    """
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.json").is_file():
+    if not further and not (folder / "config.json").is_file():
         write_untrained(folder)
     model = build_for_training(folder).train()
+    if further:
+        load_published(model, folder)
     balance_experts(model)
-    optims = optimizers(model, LEARNING_RATE)
+    optims = optimizers(model, rate)
     done = load_state(model, optims, work)
     # A resumed run goes on with samples of its own.
     batches = iter(DataLoader(Batches(load_processor(folder), tokens, seed + done), batch_size=None))
     for step in range(done, steps):
-        loss = train_step(model, optims, next(batches), learning_rate(step, steps))
+        loss = train_step(model, optims, next(batches), learning_rate(step, steps, rate))
         yield step, loss
         if (step + 1) % SAVE_EVERY == 0:
             save_state(model, optims, step + 1, work)
@@ -132,6 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--tokens", type=int, default=4096, help="of a batch")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=LEARNING_RATE, help="the highest learning rate")
+    parser.add_argument("--further", action="store_true", help="begins with the weights that --out has")
     parser.add_argument("--plot", type=Path, help="draws the losses to this file and does nothing else")
     options = parser.parse_args(arguments)
     if options.plot:
@@ -143,7 +158,15 @@ def main(arguments: list[str] | None = None) -> None:
         tqdm(total=options.steps, unit="step", disable=not sys.stderr.isatty()) as bar,
     ):
         writer = csv.writer(file)
-        for step, loss in train(options.out, options.work, options.steps, options.tokens, options.seed):
+        for step, loss in train(
+            options.out,
+            options.work,
+            options.steps,
+            options.tokens,
+            options.seed,
+            options.rate,
+            options.further,
+        ):
             smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
             writer.writerow((step, f"{loss:.5f}"))
             file.flush()
