@@ -27,7 +27,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration_kimi import KimiK25TextConfig
-from .kimi_cpu import experts_int4, unpack_int4_bf16, why_unavailable
+from .kimi_cpu import expert_int4, experts_int4, has_expert_product, unpack_int4_bf16, why_unavailable
 from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, dequantize_int4, int4_linear
 from .kimi_linear import Linear
 
@@ -384,8 +384,10 @@ def run_experts_cpu(
     buffers = [x.new_empty(shape) for shape in ((inner, width), (inner, width), (width, inner))]
     start = 0
     for expert, count in enumerate(counts.tolist()):
-        if count > FEW_ROWS:
-            chosen = slice(start, start + count)
+        chosen = slice(start, start + count)
+        if count > FEW_ROWS and has_expert_product():
+            expert_int4(x, rows[chosen], weights[chosen], [m.one(expert) for m in (gate, up, down)], output)
+        elif count > FEW_ROWS:
             w_gate, w_up, w_down = (
                 unpack_int4_bf16(*matrix.one(expert), buffer)
                 for matrix, buffer in zip((gate, up, down), buffers, strict=True)

@@ -195,7 +195,7 @@ def test_bf16_paths_differ_by_rounding_only():
         assert_close(got / scale, want / scale, 0.03, f"bf16 {path}, a few roundings of 2^-8")
 
 
-@pytest.mark.skipif(not kimi_attention.has_prefill_attention(), reason="needs bf16 dot products, and no AMX")
+@pytest.mark.skipif(not kimi_attention.has_prefill_attention(), reason="needs bf16 dot products (AVX-512)")
 @pytest.mark.parametrize("limit", [1, 2**28])
 @pytest.mark.parametrize("cached", [0, 37])
 def test_compiled_prefill_is_sdpa(limit, cached, monkeypatch):
@@ -226,7 +226,7 @@ def test_compiled_prefill_is_sdpa(limit, cached, monkeypatch):
     )
 
 
-@pytest.mark.skipif(not kimi_attention.has_prefill_attention(), reason="needs bf16 dot products, and no AMX")
+@pytest.mark.skipif(not kimi_attention.has_prefill_attention(), reason="needs bf16 dot products (AVX-512)")
 def test_compiled_prefill_only_where_it_may(monkeypatch):
     calls, original = [], kimi_attention.prefill_attention
     monkeypatch.setattr(kimi_attention, "prefill_attention", lambda *a: calls.append(1) or original(*a))

@@ -59,10 +59,19 @@ def assert_as_good_as_torch(got, x, ids, weights, matrices):
 # ---------------------------------------------------------------------------------------------------------- experts
 
 
+@pytest.fixture(params=["tiles", "no tiles"])
+def tiles(request, monkeypatch):
+    """Many rows of an expert with the tiles of AMX, where there are any, and without."""
+    if request.param == "no tiles":
+        monkeypatch.setattr(kimi_moe, "has_expert_product", lambda: False)
+    elif not kimi_cpu.has_expert_product():
+        pytest.skip("this machine has no AMX tiles")
+
+
 @compiled
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 17, 64, 200])
 @pytest.mark.parametrize("shape", [(256, 96), (160, 32), (2048, 512)])
-def test_experts_are_as_exact_as_plain_torch(rows, shape):
+def test_experts_are_as_exact_as_plain_torch(rows, shape, tiles):
     matrices = layer(*shape)
     ids, weights = routed(rows, 8, 3)
     x = torch.randn(rows, shape[0], generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -73,7 +82,7 @@ def test_experts_are_as_exact_as_plain_torch(rows, shape):
 
 @compiled
 @pytest.mark.parametrize("rows", [1, 40])
-def test_adversarial_words_and_scales(rows):
+def test_adversarial_words_and_scales(rows, tiles):
     matrices = layer()
     gate, up, down = matrices
     gate.weight[0] = 0  # all codes -8
@@ -88,18 +97,43 @@ def test_adversarial_words_and_scales(rows):
 
 
 @compiled
-@pytest.mark.parametrize("rows", [5, 50])
-def test_one_expert_may_get_everything(rows):
+@pytest.mark.parametrize("rows", [5, 33, 50, 150])
+def test_one_expert_may_get_everything(rows, tiles):
     matrices = layer()
     ids, weights = torch.full((rows, 1), 6), torch.ones(rows, 1)
     x = torch.randn(rows, 256).bfloat16()
     assert_as_good_as_torch(run_experts_cpu(x, ids, weights, *matrices), x, ids, weights, matrices)
 
 
+@pytest.mark.skipif(not kimi_cpu.has_expert_product(), reason="this machine has no AMX tiles")
+def test_tiles_are_shared_with_pytorch():
+    """Its own bf16 products use them too, between ours and in shapes of their own."""
+    matrices, (ids, weights) = layer(), routed(50, 8, 6)
+    x, square = torch.randn(50, 256).bfloat16(), torch.randn(256, 256).bfloat16()
+    inputs = prefill_inputs(1, 2, 130, 130, (128, 64, 128), 0)
+
+    def results():
+        return (
+            run_experts_cpu(x, ids, weights, *matrices),
+            F.linear(x, square),
+            compiled_prefill(inputs, None, 0, 128),
+        )
+
+    alone = (
+        F.linear(x, square),
+        compiled_prefill(inputs, None, 0, 128),
+        run_experts_cpu(x, ids, weights, *matrices),
+    )
+    for _ in range(3):
+        experts, product, attention = results()
+        assert product.equal(alone[0]) and attention.equal(alone[1]) and experts.equal(alone[2])
+
+
 @compiled
-def test_threads_do_not_change_the_result():
-    matrices, (ids, weights) = layer(2048, 512), routed(3, 8, 4)
-    x = torch.randn(3, 2048).bfloat16()
+@pytest.mark.parametrize("rows", [3, 70])
+def test_threads_do_not_change_the_result(rows):
+    matrices, (ids, weights) = layer(2048, 512), routed(rows, 8, 4)
+    x = torch.randn(rows, 2048).bfloat16()
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 4):
@@ -282,10 +316,11 @@ def attention_in_fp64(inputs, visible):
     cached=st.sampled_from((0, 1, 63, 300)),
     kind=st.sampled_from(("offset", "everything", "mask", "causal mask")),
     dims=st.sampled_from(((128, 64, 128), (16, 8, 64), (2, 2, 192))),
+    tiles=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
-def test_attention_of_many_tokens(batch, heads, new, cached, kind, dims, seed):
+@settings(max_examples=80, deadline=None)
+def test_attention_of_many_tokens(batch, heads, new, cached, kind, dims, tiles, seed):
     """Sizes around the blocks of 96 queries and 64 and 256 keys, all kinds of masks, against fp64."""
     total = new + cached
     inputs = prefill_inputs(batch, heads, new, total, dims, seed)
@@ -296,7 +331,12 @@ def test_attention_of_many_tokens(batch, heads, new, cached, kind, dims, seed):
         visible = torch.rand(batch, 1, new, total, generator=torch.Generator().manual_seed(seed)) < 0.4
         visible[0, 0, -1] = False
     mask = visible if "mask" in kind else None
-    got = compiled_prefill(inputs, mask, cached if kind == "offset" else None, dims[2])
+    set_tiles = getattr(kimi_cpu.library(), "use_tiles", lambda wanted: 0)  # there only with AMX
+    try:
+        set_tiles(int(tiles))
+        got = compiled_prefill(inputs, mask, cached if kind == "offset" else None, dims[2])
+    finally:
+        set_tiles(1)
     want = attention_in_fp64(inputs, visible)
     assert_close(got, want, 0.02 * float(want.abs().max() + 1e-30), "bf16 weights and outputs, 2^-8 each")
 
@@ -392,8 +432,8 @@ from kimi import kimi_cpu
 kimi_cpu.SOURCE = kimi_cpu.SOURCE.replace("__AVX512BF16__", "NOT_THIS_ONE")
 import test_cpu
 for rows in (1, 7, 40):
-    test_cpu.test_experts_are_as_exact_as_plain_torch(rows, (160, 32))
-test_cpu.test_adversarial_words_and_scales(1)
+    test_cpu.test_experts_are_as_exact_as_plain_torch(rows, (160, 32), None)
+test_cpu.test_adversarial_words_and_scales(1, None)
 test_cpu.test_unpacking_is_bit_exact()
 test_cpu.test_every_code_in_every_place()
 test_cpu.test_linear_of_any_shape()

@@ -1,0 +1,1 @@
+../kimi_cpu_code.py
