@@ -109,12 +109,22 @@ def address(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def linear_bf16(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (R, M) times the transpose of weight (N, M), both contiguous bf16 on the CPU; (R, N) bf16, sums in fp32."""
+def linear_bf16(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """x (R, M) times the transpose of weight (N, M), both contiguous bf16 on the CPU; (R, N), sums in fp32, which is given
+    as it is for `dtype` float32, otherwise rounded to bf16."""
     rows, inputs = x.shape
-    y = x.new_empty(rows, weight.shape[0])
+    y = x.new_empty(rows, weight.shape[0], dtype=dtype)
     sizes = map(ctypes.c_long, (rows, weight.shape[0], inputs))
-    library().linear_bf16(*sizes, address(x), address(weight), address(y))
+    outputs = (None, address(y)) if dtype == torch.float32 else (address(y), None)
+    library().linear_bf16(*sizes, address(x), address(weight), *outputs)
+    return y
+
+
+def rms_norm_bf16(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (..., M) over its root mean square, rounded to bf16, times weight (M); contiguous bf16, sums in fp32."""
+    y = torch.empty_like(x)
+    sizes = ctypes.c_long(x.numel() // x.shape[-1]), ctypes.c_long(x.shape[-1]), ctypes.c_float(eps)
+    library().rms_norm(*sizes, address(x), address(weight), address(y))
     return y
 
 

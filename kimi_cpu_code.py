@@ -27,6 +27,7 @@ SOURCE = r"""
 
 typedef uint16_t bf16;
 enum { TILE = 8 };  /* rows that share one look at a matrix */
+enum { AHEAD = 4096 };  /* bytes: where weights are asked for in advance; past the end is harmless */
 
 static inline float widen(bf16 v) { uint32_t u = (uint32_t)v << 16; float f; memcpy(&f, &u, 4); return f; }
 
@@ -77,6 +78,7 @@ static inline __attribute__((always_inline)) void dot_int4_rows(
     __m512 total[TILE];
     for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
     for (; w + 64 <= W; w += 64) {
+        for (int k = 0; k < 4; k++) _mm_prefetch((const char *)(words + w + 16 * k) + AHEAD, _MM_HINT_T1);
         __m256i s16 = _mm256_loadu_si256((const __m256i *)(scale + w / 4));
         __m512 s = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(s16), 16));
         step_int4(_mm512_loadu_si512(words + w), _mm512_permutexvar_ps(FOUR(0), s), w, W, 0xFFFF, rows, pairs, offset, total);
@@ -136,6 +138,7 @@ static inline __attribute__((always_inline)) void dot_bf16_rows(
     for (int r = 0; r < rows; r++) even[r] = odd[r] = _mm512_setzero_ps();
     long m = 0;
     for (; m + 64 <= M; m += 64) {
+        for (int k = 0; k < 2; k++) _mm_prefetch((const char *)(a + m + 32 * k) + AHEAD, _MM_HINT_T1);
         __m512bh a0 = (__m512bh)_mm512_loadu_si512(a + m), a1 = (__m512bh)_mm512_loadu_si512(a + m + 32);
         for (int r = 0; r < rows; r++) {
             even[r] = _mm512_dpbf16_ps(even[r], a0, (__m512bh)_mm512_loadu_si512(x[r] + m));
@@ -172,8 +175,8 @@ static inline void dot_bf16(const bf16 *a, const bf16 *const *x, long M, int row
 }
 #endif
 
-/* y (R, N) = x (R, M) times the transpose of a (N, M), all bf16. */
-void linear_bf16(long R, long N, long M, const bf16 *x, const bf16 *a, bf16 *y) {
+/* x (R, M) times the transpose of a (N, M), bf16, to y (R, N) bf16, or, if y is null, to wide (R, N) fp32. */
+void linear_bf16(long R, long N, long M, const bf16 *x, const bf16 *a, bf16 *y, float *wide) {
     for (long first = 0; first < R; first += TILE) {
         int rows = R - first < TILE ? (int)(R - first) : TILE;
         const bf16 *at[TILE];
@@ -182,8 +185,20 @@ void linear_bf16(long R, long N, long M, const bf16 *x, const bf16 *a, bf16 *y) 
         for (long n = 0; n < N; n++) {
             float out[TILE];
             dot_bf16(a + n * M, at, M, rows, out);
-            for (int r = 0; r < rows; r++) y[(first + r) * N + n] = narrow(out[r]);
+            for (int r = 0; r < rows; r++)
+                if (y) y[(first + r) * N + n] = narrow(out[r]);
+                else wide[(first + r) * N + n] = out[r];
         }
+    }
+}
+
+/* y (R, M) = x / rms(x), rounded, times weight (M). */
+void rms_norm(long R, long M, float eps, const bf16 *x, const bf16 *weight, bf16 *y) {
+    for (long r = 0; r < R; r++, x += M, y += M) {
+        float sum = 0;
+        for (long m = 0; m < M; m++) sum += widen(x[m]) * widen(x[m]);
+        float inverse = 1 / sqrtf(sum / M + eps);
+        for (long m = 0; m < M; m++) y[m] = narrow(widen(weight[m]) * widen(narrow(widen(x[m]) * inverse)));
     }
 }
 

@@ -27,9 +27,16 @@ from torch import nn
 from transformers.utils import logging
 
 from .configuration_kimi import KimiK25TextConfig
-from .kimi_cpu import expert_int4, experts_int4, has_expert_product, unpack_int4_bf16, why_unavailable
+from .kimi_cpu import (
+    expert_int4,
+    experts_int4,
+    has_expert_product,
+    linear_bf16,
+    unpack_int4_bf16,
+    why_unavailable,
+)
 from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, dequantize_int4, int4_linear
-from .kimi_linear import Linear
+from .kimi_linear import Linear, goes_the_short_way
 
 NO_TRITON: str | None = None
 try:
@@ -105,7 +112,10 @@ class Router(nn.Module):
         """(R, H) to topk_ids (R, K) int64 and topk_weights (R, K) fp32."""
         with torch.autocast(x.device.type, enabled=False):
             # fp32: scores in bf16 tie, and ties swap experts.
-            scores = F.linear(x.float(), self.weight.float()).sigmoid()  # (R, E)
+            if goes_the_short_way(x, self.weight) and x.is_contiguous():
+                scores = linear_bf16(x, self.weight, torch.float32).sigmoid()  # (R, E)
+            else:
+                scores = F.linear(x.float(), self.weight.float()).sigmoid()
         with torch.no_grad():
             topk_ids = route(scores, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group)
         topk_weights = scores.gather(-1, topk_ids)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Key = tuple[int, int]  # layer, expert
 READERS = 4  # threads that read; see LOG.md
-HUGE_FROM = 8 * 2**20  # bytes of a tensor that gets huge pages
+HUGE_FROM = 2 * 2**20  # bytes: one such page
 
 
 # ------------------------------------------------------------------------------------------------------------- files

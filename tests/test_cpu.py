@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from builders import assert_close, small_config
 from conftest import ROOT
 from kimi import kimi_cpu, kimi_moe
-from kimi.kimi_attention import latent_attention
+from kimi.kimi_attention import RMSNorm, latent_attention
 from kimi.kimi_int4 import dequantize_int4, pack_int4
 from kimi.kimi_linear import FEW_ROWS, Linear
 from kimi.kimi_moe import ExpertMatrices, choose_backend, run_experts, run_experts_cpu
@@ -184,8 +184,32 @@ def test_linear_of_any_shape(rows, outputs, inputs, seed):
     x = torch.randn(rows, inputs, generator=generator).bfloat16()
     weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
     want = F.linear(x.double(), weight.double())
+    size = want.abs().max().item()
+    assert_close(kimi_cpu.linear_bf16(x, weight), want, 2**-8 * size + 1e-3, "one rounding to bf16")
+    wide = kimi_cpu.linear_bf16(x, weight, torch.float32)
+    assert wide.dtype == torch.float32
+    assert_close(wide, want, 1e-5 * size + 1e-4, "sums of 300 products in fp32")
+
+
+@compiled
+@given(
+    st.integers(1, 4),
+    st.sampled_from([1, 31, 96, 2048]),
+    st.sampled_from([1e-3, 1.0, 300.0]),
+    st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_norm_of_a_few_rows(rows, width, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    module = RMSNorm(width, 1e-5).bfloat16()
+    module.weight.data.normal_(generator=generator)
+    x = (torch.randn(1, rows, width, generator=generator) * size).bfloat16()
+    with torch.no_grad():
+        got = module(x)
+    want = module(x.clone().requires_grad_())  # recorded, so in plain torch
+    assert want.requires_grad and not got.requires_grad
     assert_close(
-        kimi_cpu.linear_bf16(x, weight), want, 2**-8 * want.abs().max().item() + 1e-3, "one rounding to bf16"
+        got, want, 2**-7 * want.abs().max().item(), "a sum in another order may round the other way, twice"
     )
 
 
