@@ -69,7 +69,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if goes_the_short_way(x, self.weight) and x.is_contiguous():
+        if goes_the_short_way(x, self.weight, rows=x.shape[:-1].numel()) and x.is_contiguous():
             return rms_norm_bf16(x, self.weight, self.eps)
         # A norm reads bf16 and sums in fp32, where squares would be written out: three times the input's size, in fp32.
         wide = torch.promote_types(x.dtype, torch.float32)

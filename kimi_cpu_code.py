@@ -194,11 +194,13 @@ void linear_bf16(long R, long N, long M, const bf16 *x, const bf16 *a, bf16 *y, 
 
 /* y (R, M) = x / rms(x), rounded, times weight (M). */
 void rms_norm(long R, long M, float eps, const bf16 *x, const bf16 *weight, bf16 *y) {
-    for (long r = 0; r < R; r++, x += M, y += M) {
+    #pragma omp parallel for schedule(static) if (R > 16)
+    for (long r = 0; r < R; r++) {
+        const bf16 *from = x + r * M;
         float sum = 0;
-        for (long m = 0; m < M; m++) sum += widen(x[m]) * widen(x[m]);
+        for (long m = 0; m < M; m++) sum += widen(from[m]) * widen(from[m]);
         float inverse = 1 / sqrtf(sum / M + eps);
-        for (long m = 0; m < M; m++) y[m] = narrow(widen(weight[m]) * widen(narrow(widen(x[m]) * inverse)));
+        for (long m = 0; m < M; m++) y[r * M + m] = narrow(widen(weight[m]) * widen(narrow(widen(from[m]) * inverse)));
     }
 }
 
@@ -603,10 +605,12 @@ static inline void transpose_16x16(__m512i *row) {
 /* 16 rows of one int4 matrix (M inputs) to M / 32 tiles, each (code - 8) * scale rounded once. */
 static void unpack_tiles(long M, const uint32_t *words, const bf16 *scale, bf16 *tiles) {
     const __m512 codes = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-    for (long g = 0; g < M / 32; g++)
-        for (int r = 0; r < 16; r++) {
+    for (long r = 0; r < 16; r++)
+        for (long g = 0; g < M / 32; g++) {
+            const uint32_t *word = words + r * (M / 8) + 4 * g;
+            if (g % 4 == 0) _mm_prefetch((const char *)word + AHEAD, _MM_HINT_T1);
             __m256i table = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(widen(scale[r * (M / 32) + g]))));
-            __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(words + r * (M / 8) + 4 * g)));
+            __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)word));
             wide = _mm512_ternarylogic_epi32(wide, _mm512_slli_epi32(wide, 12), _mm512_set1_epi32(0x000F000F), 0xA8);  /* (a | b) & c */
             _mm512_store_si512(tiles + (g * 16 + r) * 32, _mm512_permutexvar_epi16(wide, _mm512_castsi256_si512(table)));
         }

@@ -26,8 +26,9 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight)
 
 
-def goes_the_short_way(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    few = 0 < x.numel() <= FEW_ROWS * x.shape[-1]
+def goes_the_short_way(x: torch.Tensor, weight: torch.Tensor, rows: int = FEW_ROWS) -> bool:
+    """Whether the compiled code may take bf16 rows x (..., inputs), at most `rows`, with `weight`."""
+    few = 0 < x.numel() <= rows * x.shape[-1]
     plain = few and x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16
     if not plain or torch.compiler.is_compiling() or not weight.is_contiguous():
         return False

@@ -362,6 +362,7 @@ def run_experts(
 
 # Rows of one expert up to which reading its words for each of them is faster than unpacking them once; see LOG.md.
 FEW_ROWS = 16
+FEW_ROWS_BESIDE_TILES = 3  # ... where unpacking goes straight into the tiles of AMX
 
 
 @torch.no_grad()
@@ -374,7 +375,7 @@ def run_experts_cpu(
     down: ExpertMatrices,
 ) -> torch.Tensor:
     """The same for bf16 on a CPU, with compiled code. Experts with few rows multiply the words as they are; one with many
-    rows is unpacked into a buffer that all of them share, for the dense product."""
+    rows is unpacked into tiles of AMX, or into a buffer that all of them share, for the dense product."""
     packed = [(matrix.weight, matrix.scale) for matrix in (gate, up, down)]
     x, choices = x.contiguous(), topk_ids.shape[-1]
     if len(x) <= FEW_ROWS:
@@ -384,20 +385,23 @@ def run_experts_cpu(
     weights = topk_weights.flatten()[order].unsqueeze(-1)
     counts = experts.bincount(minlength=gate.num_experts)
     output = torch.zeros(x.shape, dtype=torch.float32)
-    few = (counts <= FEW_ROWS)[experts]
+    with_tiles = has_expert_product()
+    limit = FEW_ROWS_BESIDE_TILES if with_tiles else FEW_ROWS
+    few = (counts <= limit)[experts]
     if few.any():
         few_rows, few_weights = rows[few], weights[few]
         for part, places in gate.batches(experts[few]):
             y = experts_int4(x[few_rows[part]], places.unsqueeze(-1), few_weights[part], packed)
             output.index_add_(0, few_rows[part], y)
     inner, width = gate.weight.shape[1], x.shape[1]
-    buffers = [x.new_empty(shape) for shape in ((inner, width), (inner, width), (width, inner))]
+    shapes = () if with_tiles else ((inner, width), (inner, width), (width, inner))
+    buffers = [x.new_empty(shape) for shape in shapes]
     start = 0
     for expert, count in enumerate(counts.tolist()):
         chosen = slice(start, start + count)
-        if count > FEW_ROWS and has_expert_product():
+        if count > limit and with_tiles:
             expert_int4(x, rows[chosen], weights[chosen], [m.one(expert) for m in (gate, up, down)], output)
-        elif count > FEW_ROWS:
+        elif count > limit:
             w_gate, w_up, w_down = (
                 unpack_int4_bf16(*matrix.one(expert), buffer)
                 for matrix, buffer in zip((gate, up, down), buffers, strict=True)

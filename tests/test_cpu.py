@@ -199,7 +199,7 @@ def test_linear_of_any_shape(rows, outputs, inputs, seed):
     st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
-def test_norm_of_a_few_rows(rows, width, size, seed):
+def test_norm(rows, width, size, seed):
     generator = torch.Generator().manual_seed(seed)
     module = RMSNorm(width, 1e-5).bfloat16()
     module.weight.data.normal_(generator=generator)
