@@ -88,7 +88,8 @@ def test_a_model_loaded_without_further_words_is_causal(folder):
         assert other[:, :-1].equal(logits(model)[:, :-1]) and not other[:, -1].equal(logits(model)[:, -1])
     eager = Kimi.from_pretrained(folder, attn_implementation="eager")
     assert eager.config.text_config._attn_implementation == "eager"
-    assert (logits(eager) - logits(model)).abs().max() < 0.1
+    # In bf16 another rounding may swap two experts that tie.
+    assert (logits(eager.float()) - logits(model.float())).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, "auto", None])
