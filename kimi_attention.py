@@ -41,7 +41,7 @@ from .configuration_kimi import KimiK25TextConfig
 from .kimi_cache import append
 from .kimi_cpu import absorb as kimi_cpu_absorb
 from .kimi_cpu import has_prefill_attention, prefill_attention, rms_norm_bf16, why_unavailable
-from .kimi_linear import Linear, goes_the_short_way
+from .kimi_linear import Linear, suits_compiled_code
 
 NO_TRITON: str | None = None
 try:
@@ -69,7 +69,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if goes_the_short_way(x, self.weight, rows=x.shape[:-1].numel()) and x.is_contiguous():
+        if suits_compiled_code(x, self.weight) and x.is_contiguous():
             return rms_norm_bf16(x, self.weight, self.eps)
         # A norm reads bf16 and sums in fp32, where squares would be written out: three times the input's size, in fp32.
         wide = torch.promote_types(x.dtype, torch.float32)

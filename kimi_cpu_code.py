@@ -464,8 +464,6 @@ static inline __attribute__((always_inline)) void tile_6x64(
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* AMX multiplies tiles: C (16, 16) fp32 += A (16, 32) bf16 times B (16 pairs, 16 columns, 2) bf16. */
-
 static int has_tiles = 0;
 
 /* Turns the use of tiles on, for which the system is asked, or off. Returns whether they are used. */
@@ -643,19 +641,20 @@ static inline __m512i join_pair(const float *gate, const float *up, long stride)
     return _mm512_or_si512(pair[0], _mm512_slli_epi32(pair[1], 16));
 }
 
-/* Outputs n..n + 16 of gate and up for all rows, unpacked in `tiles`; x (blocks, H/2, 16) to hidden (blocks, I/2, 16). */
-static void gate_and_up(long n, long blocks, long H, long I, const bf16 *tiles, const uint32_t *x, uint32_t *hidden) {
-    float sums[32][32];  /* gate above up; two blocks side by side */
-    for (long b = 0; b < blocks; b += 2) {
-        int both = b + 1 < blocks;
-        const uint32_t *x0 = x + b * H * 8, *x1 = both ? x0 + H * 8 : x0;
-        clear_tiles();
-        multiply_tiles(tiles, tiles + 16 * H, 1024, 64, x0, x1, 1024, 64, H / 32, both);
-        store_tiles(sums[0], 512, 32);
-        for (int j = 0; j <= both; j++)
-            for (int i = 0; i < 16; i += 2)
-                _mm512_store_si512(hidden + (b + j) * I * 8 + (n + i) / 2 * 16, join_pair(sums[i] + 16 * j, sums[16 + i] + 16 * j, 32));
-    }
+/* sums (32 outputs, 32 rows) = 32 unpacked rows of weights (M inputs) times a block of 16 columns, or `both` it and the next. */
+static inline void multiply_columns(const bf16 *tiles, const uint32_t *columns, long M, int both, float (*sums)[32]) {
+    clear_tiles();
+    multiply_tiles(tiles, tiles + 16 * M, 1024, 64, columns, both ? columns + M * 8 : columns, 1024, 64, M / 32, both);
+    store_tiles(sums[0], 512, 32);
+}
+
+/* Outputs n..n + 16 of gate and up, unpacked in `tiles`, for one block or both: x (., H/2, 16) to hidden (., I/2, 16). */
+static void gate_and_up(long n, int both, long H, long I, const bf16 *tiles, const uint32_t *x, uint32_t *hidden) {
+    float sums[32][32];  /* gate above up */
+    multiply_columns(tiles, x, H, both, sums);
+    for (int j = 0; j <= both; j++)
+        for (int i = 0; i < 16; i += 2)
+            _mm512_store_si512(hidden + j * I * 8 + (n + i) / 2 * 16, join_pair(sums[i] + 16 * j, sums[16 + i] + 16 * j, 32));
 }
 
 /* Outputs n..n + 32 of down for all rows: out (., H) += weight * down(hidden). */
@@ -664,11 +663,7 @@ static void add_down(long n, long rows, long H, long I, const bf16 *tiles, const
     long blocks = (rows + 15) / 16;
     float sums[32][32];
     for (long b = 0; b < blocks; b += 2) {
-        int both = b + 1 < blocks;
-        const uint32_t *h0 = hidden + b * I * 8, *h1 = both ? h0 + I * 8 : h0;
-        clear_tiles();
-        multiply_tiles(tiles, tiles + 16 * I, 1024, 64, h0, h1, 1024, 64, I / 32, both);
-        store_tiles(sums[0], 512, 32);
+        multiply_columns(tiles, hidden + b * I * 8, I, b + 1 < blocks, sums);
         for (int i = 0; i < 4; i++) {
             long first = (b + i % 2) * 16;
             __m512i tile[16];
@@ -712,7 +707,7 @@ int expert_int4(long R, long H, long I, const bf16 *x, const int64_t *rows, cons
             }
             for (long b = 0; b < blocks && tiles; b += 2)
                 for (long n = first; n < last; n += 16)
-                    gate_and_up(n, blocks - b < 2 ? blocks - b : 2, H, I, tiles + (n - first) * 2 * H, columns + b * H * 8, hidden + b * I * 8);
+                    gate_and_up(n, b + 1 < blocks, H, I, tiles + (n - first) * 2 * H, columns + b * H * 8, hidden + b * I * 8);
         }
         #pragma omp for schedule(static)
         for (long n = 0; n < H; n += 32) {

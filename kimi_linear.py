@@ -26,10 +26,15 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight)
 
 
-def goes_the_short_way(x: torch.Tensor, weight: torch.Tensor, rows: int = FEW_ROWS) -> bool:
-    """Whether the compiled code may take bf16 rows x (..., inputs), at most `rows`, with `weight`."""
-    few = 0 < x.numel() <= rows * x.shape[-1]
-    plain = few and x.device.type == weight.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16
+def goes_the_short_way(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether x (..., inputs) has few rows, and the compiled code may take them."""
+    return x.numel() <= FEW_ROWS * x.shape[-1] and suits_compiled_code(x, weight)
+
+
+def suits_compiled_code(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the compiled code may take x with `weight`: bf16 on a CPU, nothing recorded, traced or cast."""
+    plain = x.numel() > 0 and x.device.type == weight.device.type == "cpu"
+    plain = plain and x.dtype == weight.dtype == torch.bfloat16
     if not plain or torch.compiler.is_compiling() or not weight.is_contiguous():
         return False
     recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +104,36 @@ def build_for_training(folder: Path) -> KimiK25ForConditionalGeneration:
     return model
 
 
+def other_weights(published: nn.Module, trained: nn.Module) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Every weight but the routed experts', published and in a model built by `build_for_training`."""
+    weights = dict(trained.named_parameters())
+    for name, parameter in published.named_parameters():
+        if not name.endswith(("weight_packed", "weight_scale", "weight_shape")):
+            yield parameter, weights[name]
+
+
+def expert_weights(
+    published: nn.Module, trained: nn.Module
+) -> Iterator[tuple[nn.Parameter, nn.Parameter, nn.Parameter]]:
+    """Stacked words and scales of the routed experts as published, and what is trained in their place."""
+    weights = dict(trained.named_parameters())
+    for name, experts in published.named_modules():
+        if isinstance(experts, Experts):
+            for projection in experts.shapes:
+                words, scale = (
+                    getattr(experts, f"{projection}_weight_{part}") for part in ("packed", "scale")
+                )
+                yield words, scale, weights[f"{name}.parametrizations.{projection}_weight.original"]
+
+
+@torch.no_grad()
 def load_published(model: KimiK25ForConditionalGeneration, folder: Path) -> None:
     """Gives a model built by `build_for_training` the weights in `folder`; its experts begin at their int4 values."""
     published = KimiK25ForConditionalGeneration.from_pretrained(folder)
-    trained = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in published.named_parameters():
-            if not name.endswith(("weight_packed", "weight_scale", "weight_shape")):
-                trained[name].copy_(parameter)
-        for name, experts in published.named_modules():
-            if isinstance(experts, Experts):
-                for projection in experts.shapes:
-                    words = getattr(experts, f"{projection}_weight_packed")
-                    scale = getattr(experts, f"{projection}_weight_scale")
-                    weight = trained[f"{name}.parametrizations.{projection}_weight.original"]
-                    weight.copy_(dequantize_int4(words, scale, torch.float32))
+    for parameter, weight in other_weights(published, model):
+        weight.copy_(parameter)
+    for words, scale, weight in expert_weights(published, model):
+        weight.copy_(dequantize_int4(words, scale, torch.float32))
 
 
 # ----------------------------------------------------------------------------------------------------------- exporting
@@ -127,19 +143,12 @@ def export(model: KimiK25ForConditionalGeneration, folder: Path) -> None:
     """Writes the weights of a model built by `build_for_training` in the published layout: bf16, and int4 experts."""
     settings = json.loads((folder / "config.json").read_text())
     published = KimiK25ForConditionalGeneration(KimiK25Config(**settings)).bfloat16()
-    trained = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in published.named_parameters():
-            if name.endswith(("weight_packed", "weight_scale", "weight_shape")):
-                continue
-            parameter.copy_(trained[name])
-        for name, experts in published.named_modules():
-            if isinstance(experts, Experts):
-                for projection in experts.shapes:
-                    weight = trained[f"{name}.parametrizations.{projection}_weight.original"]
-                    words, scale = quantize_int4(weight)
-                    getattr(experts, f"{projection}_weight_packed").copy_(words)
-                    getattr(experts, f"{projection}_weight_scale").copy_(scale)
+        for parameter, weight in other_weights(published, model):
+            parameter.copy_(weight)
+        for words, scale, weight in expert_weights(published, model):
+            for parameter, values in zip((words, scale), quantize_int4(weight), strict=True):
+                parameter.copy_(values)
     partial = folder / "weights.part"
     published.save_pretrained(partial, max_shard_size="4MB")
     for old in folder.glob("model*.safetensors*"):

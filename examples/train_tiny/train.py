@@ -1,10 +1,10 @@
 """Trains kimi-tiny from nothing and publishes it: a folder in the layout of the 595 GB checkpoint.
 
     python -m examples.train_tiny.train [--out kimi-tiny] [--steps 3600] [--work .train_tiny] [--seed 0]
-
     python -m examples.train_tiny.train --further --out kimi-tiny --steps 500 --rate 4e-4 --work .train_further
 
-The second goes on from the weights that are published in `--out`. Everything is seeded. The state is saved to `--work` as it goes; the same command resumes from it, also with other steps.
+The second goes on from the weights that are published in `--out`. Everything is seeded. The state is saved to `--work`
+as it goes; the same command resumes from it, also with other steps.
 `losses.csv` there has the loss of each task; `python -m examples.train_tiny.train --plot FILE` draws it.
 """
 
