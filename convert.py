@@ -39,8 +39,9 @@ from kimi.kimi_checkpoint import (
     split_names,
     write_shard,
 )
+from kimi.kimi_files import File, Range, Shard
 from kimi.kimi_int4 import GROUP_SIZE, dequantize_int4, pack_int4, quantize_int4
-from kimi.kimi_slots import Shard
+from kimi.kimi_slots import bytes_of
 
 EXPERT = re.compile(
     r"(?P<layer>.*\.layers\.(?P<index>\d+)\.mlp\.experts\.)(?P<expert>\d+)(?P<matrix>\.(?:gate|up|down)_proj\.)"
@@ -49,7 +50,6 @@ LAYER = re.compile(r"\.layers\.(\d+)\.")
 ROUTER = re.compile(r"\.mlp\.gate\.(weight|e_score_correction_bias)$")
 CHECK_BYTES = 16 * 2**20
 READ_BACK_STEP = 256 * 2**20  # bytes that are written before they are read back
-LARGE = 256 * 2**20  # bytes of a tensor that is not held while the next one is read
 SHARD = re.compile(r"model(-\d{5}-of-\d{5,6})?\.safetensors(\.index\.json)?")
 LARGEST_CODE = 7
 
@@ -106,13 +106,10 @@ class Reader:
         source = self.sources[name]
         if source.file != self.file:
             if self.shard is not None:
-                self.shard.handle.close()
+                self.shard.close()
             self.file, self.shard = source.file, Shard(source.file, source.stamp)
         tensor = torch.empty(source.shape, dtype=source.dtype)
-        try:
-            self.shard.read(source.begin, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-        except OSError as error:
-            raise OSError(f"{name} could not be read from {source.file}: {error}.") from error
+        self.shard.read([Range(source.begin, bytes_of(tensor), name)])
         return tensor
 
 
@@ -354,17 +351,13 @@ def write_checked(path: Path, entries: Entries, stream: Callable) -> str:
     partial = path.with_name(f"{path.name}.part")
     with Hash() as written, ReadBack(partial) as found:
 
-        def hashed(names: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
-            # The header stands there before the first tensor is asked for.
-            written.add(partial.read_bytes())
+        def followed(names: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
             for name, tensor in stream(names):
-                tensor = tensor.contiguous()
-                written.add(tensor.reshape(-1).view(torch.uint8).numpy(), wait=tensor.nbytes > LARGE)
                 yield name, tensor
                 del tensor  # before the next one is made
                 found.follow()
 
-        write_shard(partial, entries, hashed)
+        write_shard(partial, entries, followed, written.add)
         expected, read = written.hexdigest(), found.hexdigest()
     if read != expected:
         raise OSError(f"{partial} is not what was written: the disk or its cable is at fault.")
@@ -373,7 +366,7 @@ def write_checked(path: Path, entries: Entries, stream: Callable) -> str:
 
 
 class Hash:
-    """A SHA-256 computed in a thread, beside reading or writing; it holds one piece besides the one being hashed."""
+    """A SHA-256 computed in a thread, beside reading or writing."""
 
     def __init__(self) -> None:
         self.digest, self.thread, self.last = hashlib.sha256(), ThreadPoolExecutor(1), None
@@ -384,14 +377,11 @@ class Hash:
     def __exit__(self, *problem: Any) -> None:
         self.thread.shutdown()
 
-    def add(self, data: Any, wait: bool = False) -> None:
-        """Returns when the piece before is done, or this one too, so that a large one is not held any longer."""
+    def add(self, data: Any) -> None:
+        """Returns when the piece before is done."""
         if self.last is not None:
             self.last.result()
         self.last = self.thread.submit(self.digest.update, data)
-        if wait:
-            self.last.result()
-            self.last = None
 
     def hexdigest(self) -> str:
         if self.last is not None:
@@ -422,19 +412,19 @@ class ReadBack:
             self.reads.append(self.thread.submit(self.read_to, size))
 
     def read_to(self, end: int) -> None:
-        descriptor = os.open(self.path, os.O_RDONLY)
+        file = File(self.path, direct=True)
         try:
+            descriptor = file.handle.fileno()
             os.fsync(descriptor)
             if hasattr(os, "posix_fadvise"):  # from the disk, not from the cache of what was just written
                 os.posix_fadvise(descriptor, self.done, end - self.done, os.POSIX_FADV_DONTNEED)
             while self.done < end:
-                data = os.pread(descriptor, min(CHECK_BYTES, end - self.done), self.done)
-                if not data:
-                    raise OSError(f"{self.path} ends after {self.done:,} of {end:,} bytes that were written.")
+                data = memoryview(bytearray(min(CHECK_BYTES, end - self.done)))
+                file.read([Range(self.done, data, "what was written")])
                 self.hash.add(data)
                 self.done += len(data)
         finally:
-            os.close(descriptor)
+            file.close()
 
     def hexdigest(self) -> str:
         """Of the whole file, when all of it is written."""

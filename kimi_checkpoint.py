@@ -28,15 +28,16 @@ from inspect import signature
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
+from .kimi_files import Range, Shard, ShardWriter, file_stamp
 from .kimi_moe import Experts
 from .kimi_pool import PooledExperts
-from .kimi_slots import READERS, ExpertFiles, Part, check_stamp, empty_for_weights, file_stamp, read_exactly
+from .kimi_slots import READERS, ExpertFiles, Part, bytes_of, empty_for_weights
 
 DTYPES = {
     "F64": torch.float64,
@@ -280,7 +281,7 @@ class Filling:
     ):
         self.slots, self.sources, self.dtype, self.device_of = slots, sources, dtype, device_of
         self.parameters: dict[str, torch.Tensor] = {}  # those that are not whole
-        self.handles: deque[BinaryIO] = deque()  # open files, oldest first
+        self.shards: deque[Shard] = deque()  # open files, oldest first
         self.pending: dict[str, int] = defaultdict(int)  # their elements still to come
         for slot in slots:
             self.pending[slot.path] += prod(slot.shape)
@@ -292,32 +293,31 @@ class Filling:
         threads, running = ThreadPoolExecutor(READERS, "weight-reader"), deque()
         try:
             with bar:
-                for batch, handle in self._batches():
-                    running.append((threads.submit(self._read, batch, handle), batch))
+                for batch, shard in self._batches():
+                    running.append((threads.submit(self._read, batch, shard), batch))
                     if len(running) > IN_FLIGHT:
                         yield from self._finish(*running.popleft(), bar)
                 while running:
                     yield from self._finish(*running.popleft(), bar)
         finally:
             threads.shutdown(cancel_futures=True)
-            for handle in self.handles:
-                handle.close()
+            for shard in self.shards:
+                shard.close()
 
-    def _batches(self) -> Iterator[tuple[list[Piece], BinaryIO | None]]:
+    def _batches(self) -> Iterator[tuple[list[Piece], Shard | None]]:
         """The work in the order of the files, in parts of about PIECE_BYTES, with the open file."""
         by_file: dict[str, list[Slot]] = defaultdict(list)
         for slot in self.slots:
             by_file[self.sources[slot.name].file].append(slot)
         for file, slots in by_file.items():
             if self.sources[slots[0].name].tensor is None:
-                self.handles.append(open(file, "rb", buffering=0))  # noqa: SIM115
-                _name_file(file, check_stamp, self.handles[-1].fileno(), self.sources[slots[0].name].stamp)
+                self.shards.append(_open_shard(file, self.sources[slots[0].name].stamp))
             for batch in self._cut(sorted(slots, key=lambda slot: self.sources[slot.name].begin)):
                 for piece in batch:
                     self._allocate(piece.slot)
-                yield batch, self.handles[-1] if self.handles else None
-            while len(self.handles) > IN_FLIGHT + 1:  # no batch of older files is being read any more
-                self.handles.popleft().close()
+                yield batch, self.shards[-1] if self.shards else None
+            while len(self.shards) > IN_FLIGHT + 1:  # no batch of older files is being read any more
+                self.shards.popleft().close()
 
     def _cut(self, slots: list[Slot]) -> Iterator[list[Piece]]:
         batch: list[Piece] = []
@@ -343,12 +343,25 @@ class Filling:
             source, device = self.sources[slot.name], self.device_of(slot.path)
             self.parameters[slot.path] = _allocate(slot, source, self.dtype, device)
 
-    def _read(self, batch: list[Piece], handle: BinaryIO | None) -> None:
-        for piece in batch:
-            parameter = self.parameters[piece.slot.path]
-            _read_into(
-                parameter if piece.slot.expert is None else parameter[piece.slot.expert], piece, handle
-            )
+    def _read(self, batch: list[Piece], shard: Shard | None) -> None:
+        """Straight into the parameters; by way of memory of its own only for another dtype or device."""
+        ranges, buffers = [], []
+        for slot, source, first, last in batch:
+            parameter = self.parameters[slot.path]
+            place = parameter if slot.expert is None else parameter[slot.expert]
+            place = place.reshape(-1)[first:last]
+            if source.tensor is not None:
+                place.copy_(source.tensor.reshape(-1)[first:last])
+                continue
+            straight = place.device.type == "cpu" and place.dtype == source.dtype
+            buffer = place if straight else torch.empty(place.shape, dtype=source.dtype)
+            ranges.append(Range(source.begin + first * source.dtype.itemsize, bytes_of(buffer), slot.name))
+            if not straight:
+                buffers.append((place, buffer))
+        if shard is not None:
+            shard.read(ranges)
+        for place, buffer in buffers:
+            place.copy_(buffer)
 
     def _finish(self, future: Any, batch: list[Piece], bar: Any) -> Iterator[tuple[Slot, torch.Tensor, Any]]:
         future.result()
@@ -359,10 +372,11 @@ class Filling:
                 yield slot, self.parameters.pop(slot.path), self.device_of(slot.path)
 
 
-def _name_file(file: str, function: Callable, *args: Any) -> None:
-    """Runs function(*args) and names the file if that fails."""
+def _open_shard(file: str, stamp: tuple[int, int]) -> Shard:
     try:
-        function(*args)
+        shard = Shard(file, stamp)
+        shard.check()
+        return shard
     except OSError as error:
         raise OSError(f"shard {file} cannot be read: {error}.") from error
 
@@ -420,24 +434,6 @@ def _allocate(slot: Slot, source: Source, dtype: torch.dtype | None, device: Any
     elif stays or dtype is None or not source.dtype.is_floating_point:
         dtype = source.dtype
     return empty_for_weights(slot.target.shape, dtype, "cpu" if device == "disk" else device)
-
-
-def _read_into(place: torch.Tensor, piece: Piece, handle: BinaryIO | None) -> None:
-    """Copies elements of one tensor to their place, by way of memory of its own only for another dtype or device."""
-    slot, source, first, last = piece
-    place = place.reshape(-1)[first:last]
-    if source.tensor is not None:
-        place.copy_(source.tensor.reshape(-1)[first:last])
-        return
-    direct = place.device.type == "cpu" and place.dtype == source.dtype
-    buffer = place if direct else torch.empty(place.shape, dtype=source.dtype)
-    try:
-        begin = source.begin + first * source.dtype.itemsize
-        read_exactly(handle.fileno(), begin, memoryview(buffer.view(torch.uint8).numpy()))
-    except OSError as error:
-        raise OSError(f"{slot.name} could not be read from {source.file}: {error}.") from error
-    if not direct:
-        place.copy_(buffer)
 
 
 def _install(slot: Slot, tensor: torch.Tensor, device: Any, folder: Any, index: dict[str, Any]) -> None:
@@ -587,9 +583,15 @@ def write_shards(
 
 
 def write_shard(
-    path: Path, entries: Entries, stream: Callable[[list[str]], Iterable[tuple[str, torch.Tensor]]]
+    path: Path,
+    entries: Entries,
+    stream: Callable[[list[str]], Iterable[tuple[str, torch.Tensor]]],
+    watch: Callable[[memoryview], None] | None = None,
 ) -> None:
-    """One safetensors file, a tensor at a time. Wide dtypes come first, so that all lie at multiples of their size."""
+    """One safetensors file, a tensor at a time. Wide dtypes come first, so that all lie at multiples of their size.
+
+    `watch` sees its bytes, piece by piece, as they are written.
+    """
     codes = {dtype: code for code, dtype in DTYPES.items()}
     names = sorted(entries, key=lambda name: -entries[name][0].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -602,21 +604,15 @@ def write_shard(
         header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as handle:
-        _write(handle, len(text).to_bytes(8, "little") + text)
+    with ShardWriter(path, 8 + len(text) + end, watch) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in stream(names):
             if (tensor.dtype, tuple(tensor.shape)) != entries[name]:
                 raise ValueError(
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {entries[name]}."
                 )
-            _write(handle, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.write(bytes_of(tensor.detach().cpu().contiguous()))
             del tensor  # before the next one is made
-
-
-def _write(handle: BinaryIO, data: Any) -> None:
-    view = memoryview(data)
-    while len(view):  # one call takes 2 GiB at most
-        view = view[handle.write(view) :]
 
 
 def split_names(sizes: dict[str, int], limit: int) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """Slots that hold the busiest experts, and the files the others are read from. Knows tensors and files, no module.
 
-    ExpertFiles   byte ranges of the shards, read with pread into memory that is already there (a mapped file would
-                  count in the resident set, and nobody could say how much of it stays)
+    ExpertFiles   byte ranges of the shards, read into memory that is already there (a mapped file would count in the
+                  resident set, and nobody could say how much of it stays)
     SlotCache     S slots on one device; a slot holds one expert of any layer. Slots of a projection lie in one
                   (S, N, M/8) tensor, so the backends of `kimi_moe.py` multiply with them as they are
     Visit         one pass of a layer over the experts that its router chose: reads run ahead in threads while
@@ -18,9 +18,9 @@ import contextlib
 import heapq
 import math
 import mmap
-import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -28,6 +28,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from .kimi_files import Range, Shard
 
 if TYPE_CHECKING:
     from .kimi_checkpoint import Source
@@ -38,26 +40,6 @@ HUGE_FROM = 2 * 2**20  # bytes: one such page
 
 
 # ------------------------------------------------------------------------------------------------------------- files
-
-
-def file_stamp(status: os.stat_result) -> tuple[int, int]:
-    """What tells that a file is not what it was: bytes, and ns of the last change."""
-    return status.st_size, status.st_mtime_ns
-
-
-def check_stamp(descriptor: int, stamp: tuple[int, int]) -> None:
-    now = file_stamp(os.fstat(descriptor))
-    if now != stamp:
-        raise OSError(f"it changed after its header was read: {stamp[0]} bytes then, {now[0]} now")
-
-
-def read_exactly(descriptor: int, begin: int, view: memoryview) -> None:
-    done = 0
-    while done < len(view):  # one call gives 2 GiB at most
-        got = os.preadv(descriptor, [view[done:]], begin + done)
-        if not got:
-            raise OSError(f"it ends after {done} of {len(view)} bytes")
-        done += got
 
 
 def empty_for_weights(shape: Sequence[int], dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:
@@ -71,16 +53,9 @@ def empty_for_weights(shape: Sequence[int], dtype: torch.dtype, device: Any = "c
     return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 
-class Shard:
-    """An open file that must stay what it was. (One that is replaced by another of its name stays readable here.)"""
-
-    def __init__(self, path: str, stamp: tuple[int, int]):
-        self.handle, self.stamp = open(path, "rb", buffering=0), stamp  # noqa: SIM115
-
-    def read(self, begin: int, view: memoryview) -> None:
-        """Fills `view` with the bytes from `begin` on. Raises OSError if the file changed, ends, or cannot be read."""
-        check_stamp(self.handle.fileno(), self.stamp)
-        read_exactly(self.handle.fileno(), begin, view)
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor in RAM."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 @dataclass
@@ -117,25 +92,27 @@ class ExpertFiles:
         return [lambda parts=parts: self._read(key, parts, out) for parts in self.parts[key].values()]
 
     def _read(self, key: Key, parts: list[Part], out: dict[str, torch.Tensor]) -> None:
-        start, size = time.perf_counter(), 0
-        for part in parts:
+        start = time.perf_counter()
+        ranges: dict[str, list[Range]] = defaultdict(list)  # by file
+        buffers = []
+        for part in sorted(parts, key=lambda part: part.source.begin):
             source, place = part.source, out.get(part.parameter)
-            direct = place is not None and place.device.type == "cpu" and place.dtype == source.dtype
-            buffer = place if direct else torch.empty(source.shape, dtype=source.dtype)
-            view = memoryview(buffer.view(-1).view(torch.uint8).numpy())
-            try:
-                self.shards[source.file].read(source.begin, view)
-            except OSError as error:
-                raise OSError(
-                    f"expert {key[1]} of layer {key[0]}: {part.name} could not be read from {source.file}: {error}."
-                ) from error
+            straight = place is not None and place.device.type == "cpu" and place.dtype == source.dtype
+            buffer = place if straight else torch.empty(source.shape, dtype=source.dtype)
+            ranges[source.file].append(Range(source.begin, bytes_of(buffer), part.name))
+            buffers.append((part, place, buffer))
+        try:
+            for file, of_file in ranges.items():
+                self.shards[file].read(of_file)
+        except OSError as error:
+            raise OSError(f"expert {key[1]} of layer {key[0]}: {error}") from error
+        for part, place, buffer in buffers:
             if place is None:
                 self._check_shape(part, buffer.tolist())
-            elif not direct:
+            elif place is not buffer:
                 place.copy_(buffer)
-            size += len(view)
         with self.lock:
-            self.bytes_read += size
+            self.bytes_read += sum(buffer.nbytes for _, _, buffer in buffers)
             self.seconds += time.perf_counter() - start
 
     def _check_shape(self, part: Part, found: list[int]) -> None:

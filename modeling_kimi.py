@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point name
     from .kimi_attention_triton import latent_attention_triton  # noqa: F401
     from .kimi_cpu import experts_int4  # noqa: F401
     from .kimi_cpu_code import SOURCE  # noqa: F401
+    from .kimi_files import Shard  # noqa: F401
     from .kimi_int4 import int4_linear  # noqa: F401
     from .kimi_int4_triton import run_experts_triton  # noqa: F401
     from .kimi_machine import detect_ram  # noqa: F401

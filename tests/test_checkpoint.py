@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
-from kimi import kimi_checkpoint
+from kimi import kimi_checkpoint, kimi_files
 from kimi.kimi_checkpoint import parse_size, read_header, split_names
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
 from kimi.tiny_checkpoint import write_tiny_checkpoint
@@ -237,7 +237,7 @@ def test_missing_and_truncated_shards(broken):
 
 def test_a_read_that_fails_names_shard_and_tensor(folder, monkeypatch, capfd):
     """Whichever of the reading threads it happens in; and nothing is printed where stderr is no terminal."""
-    real, calls = kimi_checkpoint.read_exactly, []
+    real, calls = kimi_files.read_exactly, []
 
     def failing(descriptor, begin, view):
         calls.append(begin)
@@ -245,7 +245,7 @@ def test_a_read_that_fails_names_shard_and_tensor(folder, monkeypatch, capfd):
             raise OSError(5, "Input/output error")
         real(descriptor, begin, view)
 
-    monkeypatch.setattr(kimi_checkpoint, "read_exactly", failing)
+    monkeypatch.setattr(kimi_files, "read_exactly", failing)
     with pytest.raises(OSError, match=r"\S+ could not be read from \S+\.safetensors: .*Input/output error"):
         Kimi.from_pretrained(folder)
     monkeypatch.undo()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from builders import small_config
 from conftest import ROOT
-from kimi import kimi_pool, kimi_slots
+from kimi import kimi_files, kimi_pool
 from kimi.kimi_pool import PooledExperts, all_fit, requested
 from kimi.kimi_sizes import expert_bytes
 from kimi.kimi_slots import ExpertFiles, Part, SlotCache, Visit, Worth, empty_for_weights
@@ -225,7 +225,7 @@ def test_through_the_auto_class_and_remote_code(folder, one, tmp_path):
     ],
 )
 def test_sizes_that_cannot_work_are_refused_before_a_weight_is_read(folder, size, sentence, monkeypatch):
-    monkeypatch.setattr(kimi_slots, "read_exactly", lambda *args: pytest.fail("a weight was read"))
+    monkeypatch.setattr(kimi_files, "read_exactly", lambda *args: pytest.fail("a weight was read"))
     with pytest.raises(ValueError, match=sentence):
         Kimi.from_pretrained(folder, expert_cache=size)
 
@@ -333,7 +333,7 @@ def file_of_expert(model, key=(1, 3)):
 def test_a_disk_error_names_file_and_expert_and_the_model_lives_on(folder, resident, one, monkeypatch):
     model = Kimi.from_pretrained(folder, expert_cache=6 * one)
     logits(model)
-    real, calls = kimi_slots.read_exactly, []
+    real, calls = kimi_files.read_exactly, []
 
     def failing(descriptor, begin, view):
         calls.append(begin)
@@ -342,12 +342,12 @@ def test_a_disk_error_names_file_and_expert_and_the_model_lives_on(folder, resid
             raise OSError(5, "Input/output error")
         real(descriptor, begin, view)
 
-    monkeypatch.setattr(kimi_slots, "read_exactly", failing)
+    monkeypatch.setattr(kimi_files, "read_exactly", failing)
     message = r"expert \d+ of layer \d: language_model\S+experts\.\d+\.\S+ could not be read from \S+safetensors.*Input/output"
     for _ in range(4):
         with pytest.raises(OSError, match=message):
             tokens(model)
-    monkeypatch.setattr(kimi_slots, "read_exactly", real)
+    monkeypatch.setattr(kimi_files, "read_exactly", real)
     for ids in (FEW, SOME, MANY):
         assert logits(model, ids).equal(logits(resident, ids)), "no slot counts as filled that is not"
 
@@ -616,7 +616,7 @@ def test_two_tiers_give_the_logits_of_resident_experts(folder, resident, one, mo
     report = model.memory_report().devices["cpu"]
     assert report.expert_slots == 18
     assert near.source.misses < near.misses, "some are found in the second tier"
-    monkeypatch.setattr(kimi_slots, "read_exactly", lambda *args: (_ for _ in ()).throw(OSError("gone")))
+    monkeypatch.setattr(kimi_files, "read_exactly", lambda *args: (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(OSError, match=r"expert \d+ of layer \d.*gone"):
         logits(model, MANY)
     monkeypatch.undo()
