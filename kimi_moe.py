@@ -37,6 +37,7 @@ from .kimi_cpu import (
 )
 from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, dequantize_int4, int4_linear
 from .kimi_linear import Linear, goes_the_short_way
+from .kimi_slots import zeros_for_weights
 
 NO_TRITON: str | None = None
 try:
@@ -184,13 +185,11 @@ class Experts(nn.Module):
             if not self.packed:
                 self._register(projection, "weight", torch.empty(*rows, inputs), trainable=True)
                 continue
+            words = zeros_for_weights((*rows, inputs // CODES_PER_WORD), torch.int32)
+            scales = zeros_for_weights((*rows, inputs // GROUP_SIZE), torch.bfloat16)
             shape = torch.tensor([outputs, inputs], dtype=torch.int32)
-            self._register(
-                projection, "weight_packed", torch.zeros(*rows, inputs // CODES_PER_WORD, dtype=torch.int32)
-            )
-            self._register(
-                projection, "weight_scale", torch.zeros(*rows, inputs // GROUP_SIZE, dtype=torch.bfloat16)
-            )
+            self._register(projection, "weight_packed", words)
+            self._register(projection, "weight_scale", scales)
             self._register(projection, "weight_shape", shape.repeat(self.num_experts, 1))
 
     def _register(self, projection: str, tensor: str, data: torch.Tensor, trainable: bool = False) -> None:

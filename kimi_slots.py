@@ -53,6 +53,15 @@ def empty_for_weights(shape: Sequence[int], dtype: torch.dtype, device: Any = "c
     return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 
+def zeros_for_weights(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`torch.zeros` on the default device, but RAM is not touched: memory that the system has just given is zero, and
+    most of it is given back without ever being used, when weights are loaded."""
+    size, device = math.prod(shape) * dtype.itemsize, torch.get_default_device()
+    if device.type != "cpu" or size < HUGE_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
+    return empty_for_weights(shape, dtype)
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor in RAM."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -1,14 +1,14 @@
 """Experts from disk: what a cache of a given size is worth, and which policy should fill it.
 
     python benchmarks/bench_pool.py --make /scratch/real_width           # 36 GB: published sizes, 4 layers, 384 experts
-    python benchmarks/bench_pool.py /scratch/real_width --sizes 600MB 2GB 4GB 6GB --cold --plot docs/pool.png
+    python benchmarks/bench_pool.py /scratch/real_width --sizes 600MB 2GB 4GB 6GB --plot docs/pool.png
     python benchmarks/bench_pool.py --make /scratch/subset --experts 16  # 8.7 GB
     python benchmarks/bench_pool.py /scratch/subset --equal 600MB        # the same logits as all experts in memory?
     python benchmarks/bench_pool.py --policies                           # simulated on a recorded trace
     python benchmarks/bench_pool.py /scratch/real_width --readers        # threads: GB/s of cold expert reads
 
-Each size runs in a process of its own, on files that were dropped from the page cache (posix_fadvise) beforehand; during
-a run the system keeps in it what it likes, unless `--cold` drops it again for each token. Weights are random, so routing is more even than a trained model's: hit rates
+Each size runs in a process of its own, on files that were dropped from the page cache (posix_fadvise) beforehand, so that
+they are read past it where the system can. Weights are random, so routing is more even than a trained model's: hit rates
 are about the share of experts that fit.
 """
 
@@ -57,8 +57,8 @@ def prompt(vocab_size: int, length: int = PROMPT_TOKENS) -> torch.Tensor:
 
 
 @torch.no_grad()
-def run(folder: str, size: str, new_tokens: int, cold: bool) -> dict:
-    """Loads, reads a prompt, samples tokens one by one; if `cold`, with nothing in the page cache at each token."""
+def run(folder: str, size: str, new_tokens: int) -> dict:
+    """Loads, reads a prompt, samples tokens one by one."""
     from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 
     start = time.perf_counter()
@@ -70,15 +70,13 @@ def run(folder: str, size: str, new_tokens: int, cold: bool) -> dict:
     generator = torch.Generator().manual_seed(1)
     before, seconds = model.memory_report(), []
     for _ in range(new_tokens):
-        if cold:
-            drop_from_page_cache(folder)
         begin = time.perf_counter()
         token = torch.multinomial(output.logits[0, -1].float().softmax(-1), 1, generator=generator)
         output = model(token[None], past_key_values=output.past_key_values, use_cache=True)
         seconds.append(time.perf_counter() - begin)
     after = model.memory_report(output.past_key_values)
-    cold, now = before.devices["cpu"], after.devices["cpu"]
-    asked, missed = now.experts_asked - cold.experts_asked, now.experts_missed - cold.experts_missed
+    then, now = before.devices["cpu"], after.devices["cpu"]
+    asked, missed = now.experts_asked - then.experts_asked, now.experts_missed - then.experts_missed
     read = after.bytes_read - before.bytes_read
     return {
         **result,
@@ -93,26 +91,24 @@ def run(folder: str, size: str, new_tokens: int, cold: bool) -> dict:
     }
 
 
-def run_alone(folder: str, size: str, new_tokens: int, cold: bool) -> dict:
+def run_alone(folder: str, size: str, new_tokens: int) -> dict:
     drop_from_page_cache(folder)
     command = [sys.executable, __file__, folder, "--one", size, "--new-tokens", str(new_tokens)]
-    command += ["--cold"] if cold else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{size} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_sizes(folder: str, sizes: list[str], new_tokens: int, cold: bool, plot_file: str | None) -> None:
-    when = "each token" if cold else "each run"
+def run_sizes(folder: str, sizes: list[str], new_tokens: int, plot_file: str | None) -> None:
     print(
-        f"{new_tokens} tokens after a prompt of {PROMPT_TOKENS}; files dropped from the page cache before {when}"
+        f"{new_tokens} tokens after a prompt of {PROMPT_TOKENS}; files dropped from the page cache before each run"
     )
     columns = ("slots", "hit_rate", "tokens_per_s", "read_gb_per_s", "load_s", "first_token_s", "peak_rss_gb")
     print(" ".join(name.rjust(14) for name in ("cache", *columns)))
     results = {}
     for size in sizes:
-        results[size] = result = run_alone(folder, size, new_tokens, cold)
+        results[size] = result = run_alone(folder, size, new_tokens)
         cells = [f"{result[name]:.3f}" if name != "slots" else str(result[name]) for name in columns]
         print(" ".join(cell.rjust(14) for cell in (size, *cells)), flush=True)
     print(result["report"])
@@ -303,9 +299,6 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=384)
     parser.add_argument("--sizes", nargs="+")
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument(
-        "--cold", action="store_true", help="drop the files from the page cache before each token"
-    )
     parser.add_argument("--plot", help="a PNG file (needs matplotlib)")
     parser.add_argument("--equal", metavar="SIZE")
     parser.add_argument("--policies", action="store_true")
@@ -318,7 +311,7 @@ def main() -> None:
         if args.save:
             logits_and_tokens(args.folder, args.one, args.new_tokens, args.save)
         else:
-            print(json.dumps(run(args.folder, args.one, args.new_tokens, args.cold)))
+            print(json.dumps(run(args.folder, args.one, args.new_tokens)))
         return
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__},"
@@ -332,7 +325,7 @@ def main() -> None:
         size = sum(path.stat().st_size for path in Path(args.make).glob("*.safetensors"))
         print(f"{size / 1e9:.1f} GB written, {size / (time.perf_counter() - start) / 1e6:.0f} MB/s")
     if args.sizes:
-        run_sizes(args.folder, args.sizes, args.new_tokens, args.cold, args.plot)
+        run_sizes(args.folder, args.sizes, args.new_tokens, args.plot)
     if args.equal:
         compare(args.folder, args.equal, args.new_tokens)
     if args.policies:
