@@ -37,6 +37,23 @@ static inline bf16 narrow(float f) {  /* to nearest, ties to even; NaN stays NaN
     return (bf16)((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
 }
 
+#ifdef _OPENMP
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+#else
+static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
+#endif
+
+typedef struct { long first, last; } range;
+
+/* What this thread does of `all` pieces of work. */
+static inline range share_of(long all) {
+    long threads = omp_get_num_threads(), mine = omp_get_thread_num();
+    range r = {all * mine / threads, all * (mine + 1) / threads};
+    return r;
+}
+
 /* Row x (M) as pairs (x[8w + s], x[8w + s + 4]) at pairs[s * M/8 + w], and 136 * (sum of the 8 inputs of word w). */
 static void arrange(const bf16 *x, long M, uint32_t *pairs, float *offset) {
     long W = M / 8;
@@ -493,14 +510,62 @@ static void close_tiles(tile_shapes theirs) {
     __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" :: "r"((void *)(base)), "r"((long)(stride)) : "memory")
 #define DOT(c, a, b) TILES("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c)
 
-/* Tiles 0..3 += (a0; a1) times (b0, b1) over `steps` tiles. Strides are in bytes, from tile to tile and inside of one. */
-static inline void multiply_tiles(const void *a0, const void *a1, long a_step, long a_stride, const void *b0, const void *b1,
-                                  long b_step, long b_stride, long steps, int both) {
+/* Two blocks of 16 rows of int4 (M inputs) on their way into 2 * M / 32 tiles, each (code - 8) * scale rounded once. It is
+   done in parts of a row between the products of other tiles, since the matrix unit and the vector units can work at once. */
+enum { PART = 8 };  /* groups of 32 inputs */
+typedef struct {
+    const uint32_t *words[2];
+    const bf16 *scale[2];
+    bf16 *tiles;
+    long M, block, row, group;  /* the next part */
+    long parts, steps, due;  /* so many parts are due in so many steps; due counts in fractions of `steps` */
+} unpacking;
+
+/* From one unpacked row to the next: not a multiple of 4096 bytes, of which the cache keeps few. */
+static inline long apart(long M) { return M + 32; }
+
+static inline void unpack_part(unpacking *u) {
+    const __m512 codes = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+    long groups = u->M / 32, last = u->group + PART < groups ? u->group + PART : groups;
+    const uint32_t *words = u->words[u->block] + u->row * (u->M / 8);
+    const bf16 *scale = u->scale[u->block] + u->row * groups;
+    bf16 *to = u->tiles + (u->block * 16 + u->row) * apart(u->M);
+    float scales[PART];
+    __m128i narrow_scales = _mm_maskz_loadu_epi16((1u << (last - u->group)) - 1, scale + u->group);
+    _mm256_storeu_si256((__m256i *)scales, _mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow_scales), 16));
+    __asm__ volatile("" : "+m"(scales));  /* each is read from memory, which spares the port that shuffles */
+    for (long g = u->group; g < last; g++) {
+        if (g % 4 == 0) _mm_prefetch((const char *)(words + 4 * g) + AHEAD, _MM_HINT_T1);
+        __m256i table = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(scales[g - u->group])));
+        __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(words + 4 * g)));
+        wide = _mm512_ternarylogic_epi32(wide, _mm512_slli_epi32(wide, 12), _mm512_set1_epi32(0x000F000F), 0xA8);  /* (a | b) & c */
+        _mm512_store_si512(to + g * 32, _mm512_permutexvar_epi16(wide, _mm512_castsi256_si512(table)));
+    }
+    u->group = last;
+    if (last == groups) { u->group = 0; if (++u->row == 16) { u->row = 0; u->block++; } }
+}
+
+static unpacking begin_unpacking(long M, long steps, const uint32_t *words0, const bf16 *scale0, const uint32_t *words1,
+                                 const bf16 *scale1, bf16 *tiles) {
+    unpacking u = {{words0, words1}, {scale0, scale1}, tiles, M, 0, 0, 0, 32 * ((M / 32 + PART - 1) / PART), steps, 0};
+    return u;
+}
+
+static void finish_unpacking(unpacking *u) { while (u->block < 2) unpack_part(u); }
+
+/* Tiles 0..3 += (a0; a1) times (b0, b1) over `steps` tiles. Strides are in bytes, from tile to tile and inside of one.
+   Meanwhile the next weights are unpacked, if any. */
+static inline __attribute__((always_inline)) void multiply_tiles(
+        const void *a0, const void *a1, long a_step, long a_stride, const void *b0, const void *b1,
+        long b_step, long b_stride, long steps, int both, unpacking *next) {
     const char *x0 = a0, *x1 = a1, *y0 = b0, *y1 = b1;
     for (long k = 0; k < steps; k++, x0 += a_step, x1 += a_step, y0 += b_step, y1 += b_step) {
         LOAD(4, x0, a_stride); LOAD(6, y0, b_stride); DOT(0, 4, 6);
         LOAD(5, x1, a_stride); DOT(2, 5, 6);
         if (both) { LOAD(7, y1, b_stride); DOT(1, 4, 7); DOT(3, 5, 7); }
+        if (!next) continue;
+        for (next->due += next->parts; next->due >= next->steps; next->due -= next->steps)
+            if (next->block < 2) unpack_part(next);
     }
 }
 
@@ -527,7 +592,7 @@ static void multiply_panel(const uint32_t *a, long a_stride, const uint32_t *b, 
                     LOAD(2, to + 16 * c_stride, c_stride * 4); LOAD(3, to + 16 * c_stride + 16, c_stride * 4);
                 } else clear_tiles();
                 multiply_tiles(a + r * a_stride, a + (r + 16) * a_stride, 64, a_stride * 4, b + v, b + v + 16, 16 * PANEL * 4,
-                               PANEL * 4, pairs / 16, 1);
+                               PANEL * 4, pairs / 16, 1, NULL);
                 store_tiles(to, 16 * c_stride, c_stride);
             }
         return;
@@ -600,20 +665,6 @@ static inline void transpose_16x16(__m512i *row) {
     }
 }
 
-/* 16 rows of one int4 matrix (M inputs) to M / 32 tiles, each (code - 8) * scale rounded once. */
-static void unpack_tiles(long M, const uint32_t *words, const bf16 *scale, bf16 *tiles) {
-    const __m512 codes = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-    for (long r = 0; r < 16; r++)
-        for (long g = 0; g < M / 32; g++) {
-            const uint32_t *word = words + r * (M / 8) + 4 * g;
-            if (g % 4 == 0) _mm_prefetch((const char *)word + AHEAD, _MM_HINT_T1);
-            __m256i table = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(widen(scale[r * (M / 32) + g]))));
-            __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)word));
-            wide = _mm512_ternarylogic_epi32(wide, _mm512_slli_epi32(wide, 12), _mm512_set1_epi32(0x000F000F), 0xA8);  /* (a | b) & c */
-            _mm512_store_si512(tiles + (g * 16 + r) * 32, _mm512_permutexvar_epi16(wide, _mm512_castsi256_si512(table)));
-        }
-}
-
 /* Up to 16 rows (pairs) of x, whose numbers are `rows`, to (pairs, 16) columns, zeros for rows that are not there. */
 static void pack_columns(long pairs, long live, const uint32_t *x, const int64_t *rows, uint32_t *columns) {
     for (long k = 0; k < pairs; k += 16) {
@@ -642,54 +693,75 @@ static inline __m512i join_pair(const float *gate, const float *up, long stride)
 }
 
 /* sums (32 outputs, 32 rows) = 32 unpacked rows of weights (M inputs) times a block of 16 columns, or `both` it and the next. */
-static inline void multiply_columns(const bf16 *tiles, const uint32_t *columns, long M, int both, float (*sums)[32]) {
+static inline void multiply_columns(const bf16 *tiles, const uint32_t *columns, long M, int both, float (*sums)[32], unpacking *next) {
     clear_tiles();
-    multiply_tiles(tiles, tiles + 16 * M, 1024, 64, columns, both ? columns + M * 8 : columns, 1024, 64, M / 32, both);
+    multiply_tiles(tiles, tiles + 16 * apart(M), 64, 2 * apart(M), columns, both ? columns + M * 8 : columns, 1024, 64, M / 32, both, next);
     store_tiles(sums[0], 512, 32);
 }
 
-/* Outputs n..n + 16 of gate and up, unpacked in `tiles`, for one block or both: x (., H/2, 16) to hidden (., I/2, 16). */
-static void gate_and_up(long n, int both, long H, long I, const bf16 *tiles, const uint32_t *x, uint32_t *hidden) {
+typedef struct { const uint32_t *words; const bf16 *scale; } int4_matrix;
+
+/* Outputs n..last of gate and up, joined, for all blocks: x (., H/2, 16) to hidden (., I/2, 16). */
+static void gate_and_up(long n, long last, long blocks, long H, long I, int4_matrix gate, int4_matrix up, const uint32_t *x,
+                        uint32_t *hidden, bf16 *tiles) {
     float sums[32][32];  /* gate above up */
-    multiply_columns(tiles, x, H, both, sums);
-    for (int j = 0; j <= both; j++)
-        for (int i = 0; i < 16; i += 2)
-            _mm512_store_si512(hidden + j * I * 8 + (n + i) / 2 * 16, join_pair(sums[i] + 16 * j, sums[16 + i] + 16 * j, 32));
+    for (long first = n, turn = 0; n < last + 16; n += 16, turn ^= 1) {  /* one turn more: n - 16 is multiplied while n is unpacked */
+        unpacking next = begin_unpacking(H, (blocks + 1) / 2 * (H / 32), gate.words + n * (H / 8), gate.scale + n * (H / 32),
+                                         up.words + n * (H / 8), up.scale + n * (H / 32), tiles + turn * 32 * apart(H));
+        if (n >= last) next.block = 2;
+        for (long b = 0; b < blocks && n > first; b += 2) {
+            int both = b + 1 < blocks;
+            multiply_columns(tiles + (turn ^ 1) * 32 * apart(H), x + b * H * 8, H, both, sums, &next);
+            for (int j = 0; j <= both; j++)
+                for (int i = 0; i < 16; i += 2)
+                    _mm512_store_si512(hidden + (b + j) * I * 8 + (n - 16 + i) / 2 * 16, join_pair(sums[i] + 16 * j, sums[16 + i] + 16 * j, 32));
+        }
+        finish_unpacking(&next);
+    }
 }
 
-/* Outputs n..n + 32 of down for all rows: out (., H) += weight * down(hidden). */
-static void add_down(long n, long rows, long H, long I, const bf16 *tiles, const uint32_t *hidden, const int64_t *row,
-                     const float *weights, float *out) {
-    long blocks = (rows + 15) / 16;
-    float sums[32][32];
-    for (long b = 0; b < blocks; b += 2) {
-        multiply_columns(tiles, hidden + b * I * 8, I, b + 1 < blocks, sums);
-        for (int i = 0; i < 4; i++) {
-            long first = (b + i % 2) * 16;
-            __m512i tile[16];
-            for (int r = 0; r < 16; r++) tile[r] = _mm512_loadu_si512(sums[i / 2 * 16 + r] + i % 2 * 16);
-            transpose_16x16(tile);
-            for (long r = 0; r < 16 && first + r < rows; r++) {
-                float *to = out + row[first + r] * H + n + i / 2 * 16;
-                __m512 y = _mm512_castsi512_ps(tile[r]), w = _mm512_set1_ps(weights[first + r]);
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(w, y, _mm512_loadu_ps(to)));
-            }
+/* sums (32 outputs, 32 rows) of the rows from `first` on: out (., H), from output n on, += weight * sum. */
+static inline void add_weighted(float (*sums)[32], long first, long rows, long H, long n, const int64_t *row, const float *weights,
+                                float *out) {
+    for (int i = 0; i < 4; i++) {
+        __m512i tile[16];
+        for (int r = 0; r < 16; r++) tile[r] = _mm512_loadu_si512(sums[i / 2 * 16 + r] + i % 2 * 16);
+        transpose_16x16(tile);
+        for (long r = first + i % 2 * 16, k = 0; k < 16 && r < rows; r++, k++) {
+            float *to = out + row[r] * H + n + i / 2 * 16;
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(weights[r]), _mm512_castsi512_ps(tile[k]), _mm512_loadu_ps(to)));
         }
     }
 }
 
-/* One expert for many rows of x (., H): out[row] += weight * down(silu(gate(x[row])) * up(x[row])). Weights are unpacked
-   16 rows at a time, straight into tiles. H and I are multiples of 32. */
+/* Outputs n..last of down for all rows: out (., H) += weight * down(hidden). */
+static void add_down(long n, long last, long rows, long H, long I, int4_matrix down, const uint32_t *hidden, const int64_t *row,
+                     const float *weights, float *out, bf16 *tiles) {
+    long blocks = (rows + 15) / 16, words = I / 8, groups = I / 32;
+    float sums[32][32];
+    for (long first = n, turn = 0; n < last + 32; n += 32, turn ^= 1) {
+        unpacking next = begin_unpacking(I, (blocks + 1) / 2 * groups, down.words + n * words, down.scale + n * groups,
+                                         down.words + (n + 16) * words, down.scale + (n + 16) * groups, tiles + turn * 32 * apart(I));
+        if (n >= last) next.block = 2;
+        for (long b = 0; b < blocks && n > first; b += 2) {
+            multiply_columns(tiles + (turn ^ 1) * 32 * apart(I), hidden + b * I * 8, I, b + 1 < blocks, sums, &next);
+            add_weighted(sums, b * 16, rows, H, n - 32, row, weights, out);
+        }
+        finish_unpacking(&next);
+    }
+}
+
+/* One expert for many rows of x (., H): out[row] += weight * down(silu(gate(x[row])) * up(x[row])). H and I are multiples
+   of 32. */
 int expert_int4(long R, long H, long I, const bf16 *x, const int64_t *rows, const float *weights,
                 const uint32_t *gate, const bf16 *gate_scale, const uint32_t *up, const bf16 *up_scale,
                 const uint32_t *down, const bf16 *down_scale, float *out) {
-    enum { AT_ONCE = 4 };  /* blocks of outputs that are unpacked before the rows are read */
     long blocks = (R + 15) / 16, most = H > I ? H : I, failed = 0;
     uint32_t *columns = aligned_alloc(64, blocks * 32 * (H + I)), *hidden = columns + blocks * H * 8;
     if (!columns) return 1;
     #pragma omp parallel
     {
-        bf16 *tiles = aligned_alloc(64, AT_ONCE * 64 * most);
+        bf16 *tiles = aligned_alloc(64, 128 * apart(most));  /* two times 32 rows of weights */
         if (!tiles) {
             #pragma omp atomic write
             failed = 1;
@@ -698,24 +770,12 @@ int expert_int4(long R, long H, long I, const bf16 *x, const int64_t *rows, cons
         #pragma omp for schedule(static)
         for (long b = 0; b < blocks; b++)
             pack_columns(H / 2, R - 16 * b < 16 ? R - 16 * b : 16, (const uint32_t *)x, rows + 16 * b, columns + b * H * 8);
-        #pragma omp for schedule(static)
-        for (long first = 0; first < I; first += 16 * AT_ONCE) {
-            long last = first + 16 * AT_ONCE < I ? first + 16 * AT_ONCE : I;
-            for (long n = first; n < last && tiles; n += 16) {
-                unpack_tiles(H, gate + n * (H / 8), gate_scale + n * (H / 32), tiles + (n - first) * 2 * H);
-                unpack_tiles(H, up + n * (H / 8), up_scale + n * (H / 32), tiles + (n - first) * 2 * H + 16 * H);
-            }
-            for (long b = 0; b < blocks && tiles; b += 2)
-                for (long n = first; n < last; n += 16)
-                    gate_and_up(n, b + 1 < blocks, H, I, tiles + (n - first) * 2 * H, columns + b * H * 8, hidden + b * I * 8);
-        }
-        #pragma omp for schedule(static)
-        for (long n = 0; n < H; n += 32) {
-            if (!tiles) continue;
-            unpack_tiles(I, down + n * (I / 8), down_scale + n * (I / 32), tiles);
-            unpack_tiles(I, down + (n + 16) * (I / 8), down_scale + (n + 16) * (I / 32), tiles + 16 * I);
-            add_down(n, R, H, I, tiles, hidden, rows, weights, out);
-        }
+        range mine = share_of(I / 16);
+        int4_matrix g = {gate, gate_scale}, u = {up, up_scale}, d = {down, down_scale};
+        if (tiles) gate_and_up(16 * mine.first, 16 * mine.last, blocks, H, I, g, u, columns, hidden, tiles);
+        #pragma omp barrier
+        mine = share_of(H / 32);
+        if (tiles) add_down(32 * mine.first, 32 * mine.last, R, H, I, d, hidden, rows, weights, out, tiles);
         close_tiles(theirs);
         free(tiles);
     }
