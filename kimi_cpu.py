@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -212,13 +213,22 @@ def expert_int4(
     weights: torch.Tensor,
     matrices: list[tuple[torch.Tensor, torch.Tensor]],
     output: torch.Tensor,
-) -> None:
-    """One expert for many rows: adds weights (P,) fp32 times its outputs for the rows (P,) int64 of x (R, H) bf16 to the
-    same rows of output (R, H) fp32. `matrices` are (packed, scale) of gate, up and down."""
-    sizes = map(ctypes.c_long, (len(rows), x.shape[1], len(matrices[0][0])))
+) -> Callable[[int, int, int], None]:
+    """A function (place, start, count) that runs the expert at `place` of the stacks for pairs start .. start + count.
+
+    It adds weights (P,) fp32 times the expert's outputs for rows (P,) int64 of x (R, H) bf16 to the same rows of output
+    (R, H) fp32; `matrices` are (packed, scale) stacks of gate, up and down. All contiguous; what they are is made out
+    once, since a layer has hundreds of experts.
+    """
+    sizes = map(ctypes.c_long, (x.shape[1], matrices[0][0].shape[1]))
     tensors = [x, rows, weights, *(tensor for pair in matrices for tensor in pair), output]
-    if library().expert_int4(*sizes, *map(address, tensors)):
-        raise MemoryError(f"no memory for the intermediate results of {len(rows)} rows")
+    arguments, function = (*sizes, *map(address, tensors)), library().expert_int4
+
+    def run(place: int, start: int, count: int) -> None:
+        if function(*map(ctypes.c_long, (place, start, count)), *arguments):
+            raise MemoryError(f"no memory for the intermediate results of {count} rows")
+
+    return run
 
 
 def prefill_attention(

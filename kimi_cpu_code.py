@@ -751,11 +751,15 @@ static void add_down(long n, long last, long rows, long H, long I, int4_matrix d
     }
 }
 
-/* One expert for many rows of x (., H): out[row] += weight * down(silu(gate(x[row])) * up(x[row])). H and I are multiples
-   of 32. */
-int expert_int4(long R, long H, long I, const bf16 *x, const int64_t *rows, const float *weights,
+/* The expert at `place` of the stacks for `R` rows of x (., H), whose numbers and weights begin at `start`:
+   out[row] += weight * down(silu(gate(x[row])) * up(x[row])). H and I are multiples of 32. */
+int expert_int4(long place, long start, long R, long H, long I, const bf16 *x, const int64_t *rows, const float *weights,
                 const uint32_t *gate, const bf16 *gate_scale, const uint32_t *up, const bf16 *up_scale,
                 const uint32_t *down, const bf16 *down_scale, float *out) {
+    int4_matrix g = {gate + place * I * H / 8, gate_scale + place * I * H / 32};
+    int4_matrix u = {up + place * I * H / 8, up_scale + place * I * H / 32};
+    int4_matrix d = {down + place * I * H / 8, down_scale + place * I * H / 32};
+    rows += start, weights += start;
     long blocks = (R + 15) / 16, most = H > I ? H : I, failed = 0;
     uint32_t *columns = aligned_alloc(64, blocks * 32 * (H + I)), *hidden = columns + blocks * H * 8;
     if (!columns) return 1;
@@ -771,7 +775,6 @@ int expert_int4(long R, long H, long I, const bf16 *x, const int64_t *rows, cons
         for (long b = 0; b < blocks; b++)
             pack_columns(H / 2, R - 16 * b < 16 ? R - 16 * b : 16, (const uint32_t *)x, rows + 16 * b, columns + b * H * 8);
         range mine = share_of(I / 16);
-        int4_matrix g = {gate, gate_scale}, u = {up, up_scale}, d = {down, down_scale};
         if (tiles) gate_and_up(16 * mine.first, 16 * mine.last, blocks, H, I, g, u, columns, hidden, tiles);
         #pragma omp barrier
         mine = share_of(H / 32);

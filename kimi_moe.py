@@ -138,9 +138,14 @@ class ExpertMatrices(NamedTuple):
     def num_experts(self) -> int:
         return len(self.weight)
 
+    def place(self, expert: int) -> int:
+        """Where in the stack one expert is."""
+        return expert
+
     def one(self, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One expert's matrix and scales."""
-        return self.weight[expert], None if self.scale is None else self.scale[expert]
+        place = self.place(expert)
+        return self.weight[place], None if self.scale is None else self.scale[place]
 
     def batches(self, experts: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Cuts a list of experts, (P,) ids, into parts that are in memory together, with their places in the stack."""
@@ -395,12 +400,13 @@ def run_experts_cpu(
     inner, width = gate.weight.shape[1], x.shape[1]
     shapes = () if with_tiles else ((inner, width), (inner, width), (width, inner))
     buffers = [x.new_empty(shape) for shape in shapes]
+    run_by_tiles = expert_int4(x, rows, weights, packed, output) if with_tiles else None
     start = 0
     for expert, count in enumerate(counts.tolist()):
-        chosen = slice(start, start + count)
-        if count > limit and with_tiles:
-            expert_int4(x, rows[chosen], weights[chosen], [m.one(expert) for m in (gate, up, down)], output)
+        if count > limit and run_by_tiles is not None:
+            run_by_tiles(gate.place(expert), start, count)
         elif count > limit:
+            chosen = slice(start, start + count)
             w_gate, w_up, w_down = (
                 unpack_int4_bf16(*matrix.one(expert), buffer)
                 for matrix, buffer in zip((gate, up, down), buffers, strict=True)

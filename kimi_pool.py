@@ -57,9 +57,8 @@ class PooledMatrices(ExpertMatrices):
     def num_experts(self) -> int:
         return self.visit.num_experts
 
-    def one(self, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        slot = self.visit.slot(expert)
-        return self.weight[slot], None if self.scale is None else self.scale[slot]
+    def place(self, expert: int) -> int:
+        return self.visit.slot(expert)
 
     def batches(self, experts: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         for part, group in self.visit.row_groups(experts.unsqueeze(-1)):
