@@ -40,7 +40,7 @@ from transformers.utils import logging
 from .configuration_kimi import KimiK25TextConfig
 from .kimi_cache import append
 from .kimi_cpu import absorb as kimi_cpu_absorb
-from .kimi_cpu import has_prefill_attention, prefill_attention, rms_norm_bf16, why_unavailable
+from .kimi_cpu import has_prefill_attention, prefill_attention, rms_norm_bf16, rotary_bf16, why_unavailable
 from .kimi_linear import Linear, suits_compiled_code
 
 NO_TRITON: str | None = None
@@ -54,6 +54,7 @@ logger = logging.get_logger(__name__)
 # New tokens up to which attention runs on the latent. On paper c(dn + dv) / (2c - dn - dv) = 171 against a long cache,
 # 0 without one; see `choose_path`, and LOG.md for where the two really cross.
 ABSORB_UP_TO = 128
+ROTATED_HEADS = 8  # of a long prompt at once, in fp32
 FEW_QUERIES = 8  # new tokens up to which the compiled code of a CPU does absorbed attention
 WORKSPACE_BYTES = (
     256 * 2**20
@@ -69,7 +70,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if suits_compiled_code(x, self.weight) and x.is_contiguous():
+        if x.is_contiguous() and self.weight.is_contiguous() and suits_compiled_code(x, self.weight):
             return rms_norm_bf16(x, self.weight, self.eps)
         # A norm reads bf16 and sums in fp32, where squares would be written out: three times the input's size, in fp32.
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -161,6 +162,10 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     The result lists all first members, then all second ones: the layout of the published code, in which k_pe is cached.
     Scores do not depend on it as long as q and k share it. Rotates in fp32 and rounds once.
     """
+    if x.stride(-1) == 1 and suits_compiled_code(x):
+        return rotary_bf16(x, cos, sin)
+    if x.shape[1] > ROTATED_HEADS and x.shape[2] > ABSORB_UP_TO:
+        return torch.cat([apply_rotary(some, cos, sin) for some in x.split(ROTATED_HEADS, dim=1)], dim=1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, T, dr/2)
     first, second = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -243,10 +248,7 @@ class MLA(nn.Module):
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, T, dn + dr)
         q_nope, q_pe = q.split((self.nope_dim, self.rope_dim), dim=-1)
-        if q_pe.shape[2] <= ABSORB_UP_TO:
-            return q_nope, apply_rotary(q_pe, *cos_sin)
-        # Fp32 inside, so not all heads at once.
-        return q_nope, torch.cat([apply_rotary(some, *cos_sin) for some in q_pe.split(8, dim=1)], dim=1)
+        return q_nope, apply_rotary(q_pe, *cos_sin)
 
     def latents(
         self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]

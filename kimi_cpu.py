@@ -129,6 +129,17 @@ def rms_norm_bf16(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     return y
 
 
+def rotary_bf16(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (B, h, T, dr) bf16, its pairs turned by the angles of cos and sin (B, T, dr/2) fp32; all first members, then all
+    second ones, contiguous. The last dimension of x has stride 1."""
+    y, cos, sin = x.new_empty(x.shape), cos.contiguous(), sin.contiguous()
+    strides = (ctypes.c_long * 3)(*x.stride()[:3])
+    library().rotary(
+        *map(ctypes.c_long, x.shape), address(x), strides, address(cos), address(sin), address(y)
+    )
+    return y
+
+
 def unpack_int4_bf16(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Writes (N, M/8) words times (N, M/32) bf16 scales into `out`, (N, M) bf16."""
     rows, inputs = out.shape

@@ -33,8 +33,8 @@ static inline float widen(bf16 v) { uint32_t u = (uint32_t)v << 16; float f; mem
 
 static inline bf16 narrow(float f) {  /* to nearest, ties to even; NaN stays NaN */
     uint32_t u; memcpy(&u, &f, 4);
-    if (f != f) return (bf16)((u >> 16) | 64);
-    return (bf16)((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+    uint32_t nearest = u + 0x7FFF + ((u >> 16) & 1);
+    return (bf16)((f != f ? u | 0x400000 : nearest) >> 16);  /* no branch, so that loops become vectors */
 }
 
 #ifdef _OPENMP
@@ -53,6 +53,11 @@ static inline range share_of(long all) {
     range r = {all * mine / threads, all * (mine + 1) / threads};
     return r;
 }
+
+#ifdef __AVX512BF16__
+static inline __m512 widen_16(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+static inline __m512 widen16(const bf16 *from) { return widen_16(_mm256_loadu_si256((const __m256i *)from)); }
+#endif
 
 /* Row x (M) as pairs (x[8w + s], x[8w + s + 4]) at pairs[s * M/8 + w], and 136 * (sum of the 8 inputs of word w). */
 static void arrange(const bf16 *x, long M, uint32_t *pairs, float *offset) {
@@ -210,15 +215,43 @@ void linear_bf16(long R, long N, long M, const bf16 *x, const bf16 *a, bf16 *y, 
 }
 
 /* y (R, M) = x / rms(x), rounded, times weight (M). */
-void rms_norm(long R, long M, float eps, const bf16 *x, const bf16 *weight, bf16 *y) {
+void rms_norm(long R, long M, float eps, const bf16 *restrict x, const bf16 *restrict weight, bf16 *restrict y) {
     #pragma omp parallel for schedule(static) if (R > 16)
     for (long r = 0; r < R; r++) {
         const bf16 *from = x + r * M;
+        bf16 *to = y + r * M;
         float sum = 0;
         for (long m = 0; m < M; m++) sum += widen(from[m]) * widen(from[m]);
         float inverse = 1 / sqrtf(sum / M + eps);
-        for (long m = 0; m < M; m++) y[r * M + m] = narrow(widen(weight[m]) * widen(narrow(widen(from[m]) * inverse)));
+        long m = 0;
+#ifdef __AVX512BF16__
+        for (; m + 16 <= M; m += 16) {
+            __m256bh unit = _mm512_cvtneps_pbh(_mm512_mul_ps(widen16(from + m), _mm512_set1_ps(inverse)));
+            __m256bh scaled = _mm512_cvtneps_pbh(_mm512_mul_ps(widen_16((__m256i)unit), widen16(weight + m)));
+            _mm256_storeu_si256((__m256i *)(to + m), (__m256i)scaled);
+        }
+#endif
+        for (; m < M; m++) to[m] = narrow(widen(weight[m]) * widen(narrow(widen(from[m]) * inverse)));
     }
+}
+
+/* Turns the pairs (x[2j], x[2j + 1]) of x (B, h, T, D), with strides in elements, by angles whose cos and sin are (B, T,
+   D/2); out (B, h, T, D) has the first members, then the second ones. */
+void rotary(long B, long heads, long T, long D, const bf16 *restrict x, const long *stride, const float *restrict cosines,
+            const float *restrict sines, bf16 *restrict out) {
+    #pragma omp parallel for collapse(3) schedule(static) if (B * heads * T > 256)
+    for (long b = 0; b < B; b++)
+        for (long h = 0; h < heads; h++)
+            for (long t = 0; t < T; t++) {
+                const bf16 *from = x + b * stride[0] + h * stride[1] + t * stride[2];
+                const float *c = cosines + (b * T + t) * (D / 2), *s = sines + (b * T + t) * (D / 2);
+                bf16 *to = out + ((b * heads + h) * T + t) * D;
+                for (long j = 0; j < D / 2; j++) {
+                    float first = widen(from[2 * j]), second = widen(from[2 * j + 1]);
+                    to[j] = narrow(first * c[j] - second * s[j]);
+                    to[D / 2 + j] = narrow(second * c[j] + first * s[j]);
+                }
+            }
 }
 
 /* (N, M/8) words and (N, M/32) scales to (N, M) bf16, each (code - 8) * scale rounded once. */

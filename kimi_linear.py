@@ -28,14 +28,14 @@ class Linear(nn.Linear):
 
 def goes_the_short_way(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether x (..., inputs) has few rows, and the compiled code may take them."""
-    return x.numel() <= FEW_ROWS * x.shape[-1] and suits_compiled_code(x, weight)
+    return x.numel() <= FEW_ROWS * x.shape[-1] and weight.is_contiguous() and suits_compiled_code(x, weight)
 
 
-def suits_compiled_code(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether the compiled code may take x with `weight`: bf16 on a CPU, nothing recorded, traced or cast."""
-    plain = x.numel() > 0 and x.device.type == weight.device.type == "cpu"
-    plain = plain and x.dtype == weight.dtype == torch.bfloat16
-    if not plain or torch.compiler.is_compiling() or not weight.is_contiguous():
+def suits_compiled_code(*tensors: torch.Tensor) -> bool:
+    """Whether the compiled code may take them: bf16 on a CPU, none empty, nothing recorded, traced or cast."""
+    for tensor in tensors:
+        if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" or not tensor.numel():
+            return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or why_unavailable() is not None:
         return False
-    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return not recorded and not torch.is_autocast_enabled("cpu") and why_unavailable() is None
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

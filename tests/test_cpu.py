@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from builders import assert_close, small_config
 from conftest import ROOT
 from kimi import kimi_cpu, kimi_moe
-from kimi.kimi_attention import RMSNorm, latent_attention
+from kimi.kimi_attention import RMSNorm, apply_rotary, latent_attention
 from kimi.kimi_int4 import dequantize_int4, pack_int4
 from kimi.kimi_linear import FEW_ROWS, Linear
 from kimi.kimi_moe import ExpertMatrices, choose_backend, run_experts, run_experts_cpu
@@ -213,6 +213,35 @@ def test_norm(rows, width, size, seed):
     want = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * module.weight.double()
     for got in (compiled_result, recorded):
         assert ((got.double() - want).abs() <= 1.01 * 2**-7 * want.abs()).all()
+
+
+@compiled
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 2),
+    st.integers(1, 20),
+    st.sampled_from([1, 5, 140]),
+    st.sampled_from([2, 16, 64]),
+    st.integers(0, 2**31),
+)
+def test_rotary(batch, heads, tokens, width, seed):
+    """Against fp64, element by element, of a view into wider rows; and the plain way, which a gradient takes."""
+    generator = torch.Generator().manual_seed(seed)
+    x = (
+        torch.randn(batch, tokens, heads, 3 * width, generator=generator)
+        .bfloat16()
+        .transpose(1, 2)[..., width : 2 * width]
+    )
+    angles = torch.rand(batch, tokens, width // 2, generator=generator) * 100
+    cos, sin = angles.cos(), angles.sin()
+    compiled_result, recorded = apply_rotary(x, cos, sin), apply_rotary(x.clone().requires_grad_(), cos, sin)
+    assert recorded.requires_grad and compiled_result.is_contiguous()
+    first, second = x[..., 0::2].double(), x[..., 1::2].double()
+    c, s = cos.double().unsqueeze(1), sin.double().unsqueeze(1)
+    want = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+    size = torch.cat((first.abs() + second.abs(),) * 2, dim=-1)  # of the terms, which may nearly cancel
+    for got in (compiled_result, recorded):
+        assert ((got.double() - want).abs() <= 2**-8 * want.abs() + 2**-22 * size).all()
 
 
 @compiled
@@ -463,6 +492,8 @@ test_cpu.test_adversarial_words_and_scales(1, None)
 test_cpu.test_unpacking_is_bit_exact()
 test_cpu.test_every_code_in_every_place()
 test_cpu.test_linear_of_any_shape()
+test_cpu.test_norm()
+test_cpu.test_rotary()
 test_cpu.test_absorbed_attention()
 print("agreed")
 """
