@@ -52,8 +52,8 @@ except ImportError as error:
 logger = logging.get_logger(__name__)
 
 # New tokens up to which attention runs on the latent. On paper c(dn + dv) / (2c - dn - dv) = 171 against a long cache,
-# 0 without one; see `choose_path`, and LOG.md for where the two really cross.
-ABSORB_UP_TO = 128
+# 0 without one; see `choose_path`. Measured on a CPU between 40 and 60 (LOG.md); accelerators were not measured.
+ABSORB_UP_TO, ABSORB_UP_TO_ON_CPU = 128, 48
 ROTATED_HEADS = 8  # of a long prompt at once, in fp32
 FEW_QUERIES = 8  # new tokens up to which the compiled code of a CPU does absorbed attention
 WORKSPACE_BYTES = (
@@ -236,7 +236,7 @@ class MLA(nn.Module):
         latent, k_pe = self.latents(hidden_states, position_embeddings)
         if past_key_values is not None:
             latent, k_pe = append(past_key_values, latent, k_pe, self.layer_idx, cache_position)
-        path = choose_path(self.config.mla_path, q_nope.shape[2], latent.shape[2])
+        path = choose_path(self.config.mla_path, q_nope.shape[2], latent.shape[2], latent.device.type)
         attend = self.absorb if path == "absorb" else self.expand
         output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)  # (B, T, h, dv)
         return self.o_proj(output.flatten(-2)), weights
@@ -413,12 +413,13 @@ class MLA(nn.Module):
 # ----------------------------------------------------------------------------------------------------- expand helpers
 
 
-def choose_path(path: str, num_new: int, num_total: int) -> str:
+def choose_path(path: str, num_new: int, num_total: int, device: str = "cpu") -> str:
     """ "absorb" or "expand" for T new tokens against S cached and new ones; `path` forces one unless it is "auto"."""
     if path != "auto":
         return path.partition("-")[0]
     # Expanding is done once for all queries, so it pays from some number of them on; sooner when there is little to expand.
-    return "absorb" if num_new == 1 or (num_new <= ABSORB_UP_TO and num_total >= 4 * num_new) else "expand"
+    most = ABSORB_UP_TO_ON_CPU if device == "cpu" else ABSORB_UP_TO
+    return "absorb" if num_new == 1 or (num_new <= most and num_total >= 4 * num_new) else "expand"
 
 
 def heads_at_once(latent: torch.Tensor, num_heads: int, qk_dim: int, kv_dim: int) -> int:

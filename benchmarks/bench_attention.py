@@ -181,7 +181,7 @@ def crossover(arguments: argparse.Namespace, clock: Clock) -> None:
             call = functools.partial(getattr(module, path), *inputs, mask)
             call()
             seconds[path], _ = clock.median(call)
-        chosen = choose_path("auto", new, total)
+        chosen = choose_path("auto", new, total, clock.device.type)
         shown = [f"{seconds[path] * 1e3:10.2f}{'*' if path == chosen else ' '}" for path in seconds]
         print(
             f"{cached:7} {new:5} {' '.join(shown)} {seconds['absorb'] / seconds['expand']:14.2f}", flush=True

@@ -141,6 +141,7 @@ def test_paths_can_be_forced_and_cross_in_one_place():
         == "absorb"
     )
     assert choose_path("auto", 4096, 4096) == choose_path("auto", 4096, 10**6) == "expand"
+    assert choose_path("auto", 100, 4096, "cuda") == "absorb" and choose_path("auto", 100, 4096) == "expand"
     with pytest.raises(ValueError, match=r'mla_path .* is "fast"; it is one of auto, expand, absorb'):
         small_config().mla_path = "fast"
 
