@@ -316,7 +316,7 @@ class MLA(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention on keys and values made from the cache, as many heads at a time as the workspace holds."""
-        up, outputs, weights = None, [], []
+        up, joined, weights = None, None, []
         heads = heads_at_once(
             latent, self.num_heads, self.nope_dim + self.rope_dim, self.nope_dim + self.v_dim
         )
@@ -332,9 +332,13 @@ class MLA(nn.Module):
             attend = self.attend_compiled if compiled else self.attend
             output, scores = attend(q_nope[:, part], q_pe[:, part], kv, k_pe, attention_mask, **kwargs)
             del kv
-            outputs.append(output)
             weights.append(scores)
-        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)  # (B, T, h, dv)
+            if heads >= self.num_heads:
+                joined = output
+                break
+            if joined is None:
+                joined = output.new_empty(*output.shape[:2], self.num_heads, self.v_dim)
+            joined[:, :, part] = output  # (B, T, h, dv); a list to be joined at the end would be there twice
         return joined, None if weights[0] is None else torch.cat(weights, dim=1)
 
     def attend(

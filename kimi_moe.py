@@ -448,7 +448,7 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H) to (B, T, H)."""
-        return by_rows(self.mix, x, 4 * ROWS_AT_ONCE)  # more, since each part unpacks the experts anew
+        return by_rows(self.mix, x, 2 * ROWS_AT_ONCE)  # more, since each part unpacks the experts anew
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, -2)  # (R, H)
