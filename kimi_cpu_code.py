@@ -11,7 +11,7 @@ fp32, and each group of 32 inputs is scaled as a whole.
 
 Machines without AVX-512 bf16 get the same loops in plain C, for the compiler to vectorise.
 
-Many rows of an expert, and attention of many tokens, multiply tiles of AMX where the machine has them: C (16, 16) fp32
+Many rows of an expert, and attention, multiply tiles of AMX where the machine has them: C (16, 16) fp32
 += A (16, 32) bf16 times B (16 pairs, 16, 2) bf16. The 32 inputs of one row of A are just one group of int4, so weights are
 unpacked row by row into A, and outputs come out transposed, which is the form that B wants of the next product.
 """
@@ -344,136 +344,6 @@ int experts_int4(long R, long K, long H, long I, const bf16 *x, const int64_t *e
                 float sum = 0;  /* in the order of the choices, whatever the threads did */
                 for (long k = 0; k < K; k++) sum += weights[r * K + k] * parts[(r * K + k) * H + h];
                 out[r * H + h] = sum;
-            }
-    }
-    free(memory);
-    return 0;
-}
-
-/* out (C) += p * row (C) */
-static inline void add_scaled(float *out, float p, const bf16 *row, long C) {
-    #pragma omp simd
-    for (long c = 0; c < C; c++) out[c] += p * widen(row[c]);
-}
-
-typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
-
-/* out (n, 32 of C) = sum over the keys of weight * latent, n <= 4 rows with their sums in registers. */
-static inline __attribute__((always_inline)) void mix_tile(
-        int n, long keys, const float *weights, const bf16 *latent, long stride, float *out, long C) {
-    f32x16 sum[4][2];
-    for (int i = 0; i < n; i++) sum[i][0] = sum[i][1] = (f32x16){0};
-    for (long s = 0; s < keys; s++) {
-        f32x16 c[2];
-        for (int v = 0; v < 2; v++)
-            c[v] = (f32x16)(__builtin_convertvector(*(const u16x16 *)(latent + s * stride + 16 * v), u32x16) << 16);
-        for (int i = 0; i < n; i++)
-            for (int v = 0; v < 2; v++) sum[i][v] += weights[i * keys + s] * c[v];
-    }
-    for (int i = 0; i < n; i++)
-        for (int v = 0; v < 2; v++) *(f32x16 *)(out + i * C + 16 * v) = sum[i][v];
-}
-
-static void mix(long rows, long keys, const float *weights, const bf16 *latent, long stride, float *out, long C) {
-    long c = 0;
-    for (; c + 32 <= C; c += 32)
-        for (long r = 0; r < rows; r += 4) {
-            const float *w = weights + r * keys;
-            float *to = out + r * C + c;
-            if (rows - r >= 4) mix_tile(4, keys, w, latent + c, stride, to, C);
-            else if (rows - r == 3) mix_tile(3, keys, w, latent + c, stride, to, C);
-            else if (rows - r == 2) mix_tile(2, keys, w, latent + c, stride, to, C);
-            else mix_tile(1, keys, w, latent + c, stride, to, C);
-        }
-    for (; c < C; c++)
-        for (long r = 0; r < rows; r++) {
-            float sum = 0;
-            for (long s = 0; s < keys; s++) sum += weights[r * keys + s] * widen(latent[s * stride + c]);
-            out[r * C + c] = sum;
-        }
-}
-
-/* One block of keys for the rows of one sequence: scores, their maximum and sum, and the weighted sum of the latents. */
-static void attend_block(long rows, long T, long C, long D, long first, long last, float scale,
-                         const bf16 *q, const bf16 *q_pe, const bf16 *latent, long latent_stride,
-                         const bf16 *k_pe, long k_pe_stride, const uint8_t *mask, long mask_stride,
-                         float *top, float *sum, float *out, float *scores) {
-    for (long s = first; s < last; s++)
-        for (long r = 0; r < rows; r += TILE) {
-            int n = rows - r < TILE ? (int)(rows - r) : TILE;
-            const bf16 *at[TILE], *at_pe[TILE];
-            float a[TILE], b[TILE];
-            for (int i = 0; i < n; i++) { at[i] = q + (r + i) * C; at_pe[i] = q_pe + (r + i) * D; }
-            dot_bf16(latent + s * latent_stride, at, C, n, a);
-            dot_bf16(k_pe + s * k_pe_stride, at_pe, D, n, b);
-            for (int i = 0; i < n; i++) {
-                int seen = !mask || mask[((r + i) % T) * mask_stride + s];
-                scores[(r + i) * (last - first) + s - first] = seen ? (a[i] + b[i]) * scale : -3e38f;
-            }
-        }
-    for (long r = 0; r < rows; r++) {
-        float *row = scores + r * (last - first), most = -3e38f, total = 0;
-        for (long s = 0; s < last - first; s++) most = row[s] > most ? row[s] : most;
-        for (long s = 0; s < last - first; s++) total += row[s] = expf(row[s] - most);
-        top[r] = most; sum[r] = total;
-    }
-    mix(rows, last - first, scores, latent + first * latent_stride, latent_stride, out, C);
-}
-
-/* Absorbed attention of one layer. q_nope (B, h, T, dn), q_pe (B, h, T, D), up (h, dn + dv, C), latent (B, S, C) and k_pe
-   (B, S, D) with strides, mask (B or 1, T, S) bytes or null; out (B, T, h, dv). Blocks are merged in order, so the result
-   does not depend on the threads. */
-int absorb(long B, long heads, long T, long S, long dn, long dv, long C, long D, float scale,
-           const bf16 *q_nope, const bf16 *q_pe, const bf16 *up, const bf16 *latent, long latent_batch, long latent_stride,
-           const bf16 *k_pe, long k_pe_batch, long k_pe_stride, const uint8_t *mask, long mask_batch, bf16 *out) {
-    long rows = heads * T, block = (S + 63) / 64 > 128 ? (S + 63) / 64 : 128, blocks = (S + block - 1) / block;
-    long per_block = rows * (C + 2 + block);
-    float *memory = malloc((B * blocks * per_block) * sizeof(float) + B * rows * C * sizeof(bf16));
-    if (!memory) return 1;
-    bf16 *q = (bf16 *)(memory + B * blocks * per_block);
-    #pragma omp parallel
-    {
-        #pragma omp for collapse(2) schedule(static)
-        for (long b = 0; b < B; b++)
-            for (long h = 0; h < heads; h++)
-                for (long t = 0; t < T; t++) {
-                    float sums[4096];  /* C is checked by the caller */
-                    long row = (b * heads + h) * T + t;
-                    memset(sums, 0, C * sizeof(float));
-                    for (long d = 0; d < dn; d++) add_scaled(sums, widen(q_nope[row * dn + d]), up + (h * (dn + dv) + d) * C, C);
-                    for (long c = 0; c < C; c++) q[row * C + c] = narrow(sums[c]);
-                }
-        #pragma omp for collapse(2) schedule(static)
-        for (long b = 0; b < B; b++)
-            for (long k = 0; k < blocks; k++) {
-                float *part = memory + (b * blocks + k) * per_block;
-                long last = (k + 1) * block < S ? (k + 1) * block : S;
-                attend_block(rows, T, C, D, k * block, last, scale, q + b * rows * C, q_pe + b * rows * D,
-                             latent + b * latent_batch, latent_stride, k_pe + b * k_pe_batch, k_pe_stride,
-                             mask ? mask + b * mask_batch : 0, S, part, part + rows, part + 2 * rows, part + rows * (C + 2));
-            }
-        #pragma omp for collapse(2) schedule(static)
-        for (long b = 0; b < B; b++)
-            for (long r = 0; r < rows; r++) {
-                float sums[4096], most = -3e38f, total = 0;
-                bf16 mixed[4096];
-                const bf16 *at = mixed;
-                float *parts = memory + b * blocks * per_block;
-                for (long k = 0; k < blocks; k++) most = parts[k * per_block + r] > most ? parts[k * per_block + r] : most;
-                memset(sums, 0, C * sizeof(float));
-                for (long k = 0; k < blocks; k++) {
-                    float *part = parts + k * per_block, weight = expf(part[r] - most);
-                    total += weight * part[rows + r];
-                    for (long c = 0; c < C; c++) sums[c] += weight * part[2 * rows + r * C + c];
-                }
-                for (long c = 0; c < C; c++) mixed[c] = narrow(sums[c] / total);
-                for (long v = 0; v < dv; v++) {
-                    float y;
-                    dot_bf16(up + ((r / T) * (dn + dv) + dn + v) * C, &at, C, 1, &y);
-                    out[((b * T + r % T) * heads + r / T) * dv + v] = narrow(y);
-                }
             }
     }
     free(memory);
@@ -931,4 +801,282 @@ int prefill_attention(long B, long heads, long T, long S, long dn, long dr, long
     return (int)failed;
 }
 #endif
+
+/* out (C) += p * row (C) */
+static inline void add_scaled(float *out, float p, const bf16 *row, long C) {
+    #pragma omp simd
+    for (long c = 0; c < C; c++) out[c] += p * widen(row[c]);
+}
+
+typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
+
+/* out (n, 32 of C) = sum over the keys of weight * latent, n <= 4 rows with their sums in registers. */
+static inline __attribute__((always_inline)) void mix_tile(
+        int n, long keys, const float *weights, const bf16 *latent, long stride, float *out, long C) {
+    f32x16 sum[4][2];
+    for (int i = 0; i < n; i++) sum[i][0] = sum[i][1] = (f32x16){0};
+    for (long s = 0; s < keys; s++) {
+        f32x16 c[2];
+        for (int v = 0; v < 2; v++)
+            c[v] = (f32x16)(__builtin_convertvector(*(const u16x16 *)(latent + s * stride + 16 * v), u32x16) << 16);
+        for (int i = 0; i < n; i++)
+            for (int v = 0; v < 2; v++) sum[i][v] += weights[i * keys + s] * c[v];
+    }
+    for (int i = 0; i < n; i++)
+        for (int v = 0; v < 2; v++) *(f32x16 *)(out + i * C + 16 * v) = sum[i][v];
+}
+
+static void mix(long rows, long keys, const float *weights, const bf16 *latent, long stride, float *out, long C) {
+    long c = 0;
+    for (; c + 32 <= C; c += 32)
+        for (long r = 0; r < rows; r += 4) {
+            const float *w = weights + r * keys;
+            float *to = out + r * C + c;
+            if (rows - r >= 4) mix_tile(4, keys, w, latent + c, stride, to, C);
+            else if (rows - r == 3) mix_tile(3, keys, w, latent + c, stride, to, C);
+            else if (rows - r == 2) mix_tile(2, keys, w, latent + c, stride, to, C);
+            else mix_tile(1, keys, w, latent + c, stride, to, C);
+        }
+    for (; c < C; c++)
+        for (long r = 0; r < rows; r++) {
+            float sum = 0;
+            for (long s = 0; s < keys; s++) sum += weights[r * keys + s] * widen(latent[s * stride + c]);
+            out[r * C + c] = sum;
+        }
+}
+
+/* One block of keys for the rows of one sequence: scores, their maximum and sum, and the weighted sum of the latents. */
+static void attend_block(long rows, long T, long C, long D, long first, long last, float scale,
+                         const bf16 *q, const bf16 *q_pe, const bf16 *latent, long latent_stride,
+                         const bf16 *k_pe, long k_pe_stride, const uint8_t *mask, long mask_stride,
+                         float *top, float *sum, float *out, float *scores) {
+    for (long s = first; s < last; s++)
+        for (long r = 0; r < rows; r += TILE) {
+            int n = rows - r < TILE ? (int)(rows - r) : TILE;
+            const bf16 *at[TILE], *at_pe[TILE];
+            float a[TILE], b[TILE];
+            for (int i = 0; i < n; i++) { at[i] = q + (r + i) * C; at_pe[i] = q_pe + (r + i) * D; }
+            dot_bf16(latent + s * latent_stride, at, C, n, a);
+            dot_bf16(k_pe + s * k_pe_stride, at_pe, D, n, b);
+            for (int i = 0; i < n; i++) {
+                int seen = !mask || mask[((r + i) % T) * mask_stride + s];
+                scores[(r + i) * (last - first) + s - first] = seen ? (a[i] + b[i]) * scale : -3e38f;
+            }
+        }
+    for (long r = 0; r < rows; r++) {
+        float *row = scores + r * (last - first), most = -3e38f, total = 0;
+        for (long s = 0; s < last - first; s++) most = row[s] > most ? row[s] : most;
+        for (long s = 0; s < last - first; s++) total += row[s] = expf(row[s] - most);
+        top[r] = most; sum[r] = total;
+    }
+    mix(rows, last - first, scores, latent + first * latent_stride, latent_stride, out, C);
+}
+
+#ifdef HAS_AMX
+enum { MIXED = 128 };  /* keys whose latents are packed at once */
+
+/* From the tiles of 16 columns to those of the next: not a multiple of 4096 bytes. */
+static inline long columns_apart(long keys) { return keys * 16 + 32; }
+
+/* `live` rows of (., C) with a stride, as pairs of rows side by side: tiles (C / 16, keys / 32) of 16 pairs of keys and 16
+   columns; zeros for keys that are not there. */
+static void pack_values(const bf16 *rows, long stride, long live, long keys, long C, bf16 *tiles) {
+    __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (long i = 0; i < keys / 2; i++)
+        for (long c = 0; c < C; c += 32) {
+            const bf16 *from = rows + 2 * i * stride + c;
+            __m512i first = 2 * i < live ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
+            __m512i second = 2 * i + 1 < live ? _mm512_loadu_si512(from + stride) : _mm512_setzero_si512();
+            bf16 *to = tiles + c / 16 * columns_apart(keys) + i * 32;
+            _mm512_store_si512(to, _mm512_permutex2var_epi16(first, low, second));
+            _mm512_store_si512(to + columns_apart(keys), _mm512_permutex2var_epi16(first, high, second));
+        }
+}
+
+/* Scores of one row and its keys, hidden ones very low, to p = e^(score - largest) in bf16, zeros up to `padded`. */
+static void weigh(long keys, long padded, float *scores, const uint8_t *mask, float scale, float *top, float *sum, bf16 *p) {
+    __m512 most = _mm512_set1_ps(-3e38f), total = _mm512_setzero_ps(), low = most;
+    for (long s = 0; s < keys; s += 16) {
+        __mmask16 live = keys - s >= 16 ? 0xFFFF : (__mmask16)((1u << (keys - s)) - 1), seen = live;
+        if (mask) seen &= _mm_test_epi8_mask(_mm_maskz_loadu_epi8(live, mask + s), _mm_set1_epi8(-1));
+        __m512 x = _mm512_mask_mul_ps(low, seen, _mm512_loadu_ps(scores + s), _mm512_set1_ps(scale));
+        _mm512_storeu_ps(scores + s, x);
+        most = _mm512_max_ps(most, x);
+    }
+    *top = _mm512_reduce_max_ps(most);
+    for (long s = 0; s < padded; s += 16) {
+        __mmask16 live = keys - s >= 16 ? 0xFFFF : keys <= s ? 0 : (__mmask16)((1u << (keys - s)) - 1);
+        __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + s), _mm512_set1_ps(*top)), _mm512_set1_ps(1.44269504f));
+        __m512 y = _mm512_maskz_mov_ps(live, exp2_ps(x));
+        total = _mm512_add_ps(total, y);
+        _mm256_storeu_si256((__m256i *)(p + s), (__m256i)_mm512_cvtneps_pbh(y));
+    }
+    *sum = _mm512_reduce_add_ps(total);
+}
+
+/* As attend_block by tiles, 16 rows together; q holds them as columns, latents above the rotated part. The cache is read as it
+   lies: keys are the rows of one product, and the next one's depth. scores (rows, padded), out (rows, C), rows up to a multiple of 16. */
+static void attend_block_tiles(long rows, long T, long C, long D, long first, long last, float scale, const uint32_t *q,
+                               const bf16 *latent, long latent_stride, const bf16 *k_pe, long k_pe_stride, const uint8_t *mask,
+                               long mask_stride, float *top, float *sum, float *out, float *scores, bf16 *scratch) {
+    long keys = last - first, padded = (keys + 31) / 32 * 32, groups = (rows + 15) / 16;
+    bf16 *values = scratch, *end = values + C / 16 * columns_apart(MIXED), *end_pe = end + 32 * C, *p = end_pe + 32 * D;
+    float sums[32][32];  /* keys, rows */
+    latent += first * latent_stride, k_pe += first * k_pe_stride;
+    for (long s = 0; s < keys; s += 32) {
+        const bf16 *k = latent + s * latent_stride, *pe = k_pe + s * k_pe_stride;
+        long stride = latent_stride, pe_stride = k_pe_stride;
+        if (s + 32 > keys) {  /* what lies behind the last key is not ours */
+            memset(end, 0, 64 * (C + D));
+            for (long i = 0; s + i < keys; i++) {
+                memcpy(end + i * C, k + i * stride, 2 * C);
+                memcpy(end_pe + i * D, pe + i * pe_stride, 2 * D);
+            }
+            k = end, stride = C, pe = end_pe, pe_stride = D;
+        }
+        for (long g = 0; g < groups; g += 2) {
+            int both = g + 1 < groups;
+            const uint32_t *q0 = q + g * 8 * (C + D), *q1 = both ? q0 + 8 * (C + D) : q0;
+            clear_tiles();
+            multiply_tiles(k, k + 16 * stride, 64, 2 * stride, q0, q1, 1024, 64, C / 32, both, NULL);
+            multiply_tiles(pe, pe + 16 * pe_stride, 64, 2 * pe_stride, q0 + 8 * C, q1 + 8 * C, 1024, 64, D / 32, both, NULL);
+            store_tiles(sums[0], 512, 32);
+            for (int i = 0; i < 4; i++) {
+                if (i % 2 && !both) continue;
+                __m512i tile[16];
+                for (int r = 0; r < 16; r++) tile[r] = _mm512_loadu_si512(sums[i / 2 * 16 + r] + i % 2 * 16);
+                transpose_16x16(tile);
+                for (int r = 0; r < 16; r++)
+                    _mm512_storeu_si512(scores + ((g + i % 2) * 16 + r) * padded + s + i / 2 * 16, tile[r]);
+            }
+        }
+    }
+    for (long r = 0; r < rows; r++)
+        weigh(keys, padded, scores + r * padded, mask ? mask + (r % T) * mask_stride + first : NULL, scale, top + r, sum + r, p + r * padded);
+    memset(p + rows * padded, 0, 2 * (groups * 16 - rows) * padded);
+    for (long s = 0; s < keys; s += MIXED) {
+        long now = padded - s < MIXED ? padded - s : MIXED, steps = now / 32;
+        pack_values(latent + s * latent_stride, latent_stride, keys - s < now ? keys - s : now, now, C, values);
+        long apart = columns_apart(now);
+        for (long g = 0; g < groups; g++)
+            for (long c = 0; c < C; c += 64) {
+                float *to = out + g * 16 * C + c;
+                const bf16 *a = p + g * 16 * padded + s, *b = values + c / 16 * apart;
+                if (s) { LOAD(0, to, 4 * C); LOAD(1, to + 16, 4 * C); LOAD(2, to + 32, 4 * C); LOAD(3, to + 48, 4 * C); }
+                else clear_tiles();
+                for (long k = 0; k < steps; k++, a += 32, b += 512) {
+                    LOAD(4, a, 2 * padded);
+                    LOAD(6, b, 64); DOT(0, 4, 6);
+                    LOAD(7, b + apart, 64); DOT(1, 4, 7);
+                    LOAD(6, b + 2 * apart, 64); DOT(2, 4, 6);
+                    LOAD(7, b + 3 * apart, 64); DOT(3, 4, 7);
+                }
+                STORE(0, to, 4 * C); STORE(1, to + 16, 4 * C); STORE(2, to + 32, 4 * C); STORE(3, to + 48, 4 * C);
+            }
+    }
+}
+
+/* Rows of q (., C) and q_pe (., D) as columns, 16 of them. */
+static void pack_queries(long group, long rows, long C, long D, const bf16 *q, const bf16 *q_pe, uint32_t *columns) {
+    int64_t number[16];
+    for (int i = 0; i < 16; i++) number[i] = group * 16 + i;
+    long live = rows - group * 16 < 16 ? rows - group * 16 : 16;
+    pack_columns(C / 2, live, (const uint32_t *)q, number, columns + group * 8 * (C + D));
+    pack_columns(D / 2, live, (const uint32_t *)q_pe, number, columns + group * 8 * (C + D) + 8 * C);
+}
+#endif
+
+/* Absorbed attention of one layer. q_nope (B, h, T, dn), q_pe (B, h, T, D), up (h, dn + dv, C), latent (B, S, C) and k_pe
+   (B, S, D) with strides, mask (B or 1, T, S) bytes or null; out (B, T, h, dv). Blocks are merged in order, so the result
+   does not depend on the threads. */
+int absorb(long B, long heads, long T, long S, long dn, long dv, long C, long D, float scale,
+           const bf16 *q_nope, const bf16 *q_pe, const bf16 *up, const bf16 *latent, long latent_batch, long latent_stride,
+           const bf16 *k_pe, long k_pe_batch, long k_pe_stride, const uint8_t *mask, long mask_batch, bf16 *out) {
+    long rows = heads * T, block = (S + 63) / 64 > 128 ? ((S + 63) / 64 + 31) / 32 * 32 : 128, blocks = (S + block - 1) / block;
+    long groups = (rows + 15) / 16, per_block = groups * 16 * (C + 2 + block), failed = 0;
+    float *memory = malloc((B * blocks * per_block) * sizeof(float) + B * rows * C * sizeof(bf16));
+    if (!memory) return 1;
+    bf16 *q = (bf16 *)(memory + B * blocks * per_block);
+#ifdef HAS_AMX
+    int tiles = has_tiles && C % 64 == 0 && D % 32 == 0;
+    uint32_t *columns = tiles ? aligned_alloc(64, B * groups * 32 * (C + D)) : NULL;
+    if (tiles && !columns) { free(memory); return 1; }
+#endif
+    #pragma omp parallel
+    {
+        #pragma omp for collapse(2) schedule(static)
+        for (long b = 0; b < B; b++)
+            for (long h = 0; h < heads; h++)
+                for (long t = 0; t < T; t++) {
+                    float sums[4096];  /* C is checked by the caller */
+                    long row = (b * heads + h) * T + t;
+                    memset(sums, 0, C * sizeof(float));
+                    for (long d = 0; d < dn; d++) add_scaled(sums, widen(q_nope[row * dn + d]), up + (h * (dn + dv) + d) * C, C);
+                    for (long c = 0; c < C; c++) q[row * C + c] = narrow(sums[c]);
+                }
+#ifdef HAS_AMX
+        bf16 *scratch = tiles ? aligned_alloc(64, 2 * (C / 16 * columns_apart(MIXED) + 32 * (C + D) + groups * 16 * block)) : NULL;
+        if (tiles && !scratch) {
+            #pragma omp atomic write
+            failed = 1;
+        }
+        tile_shapes theirs = open_tiles();
+        #pragma omp for collapse(2) schedule(static)
+        for (long b = 0; b < B; b++)
+            for (long g = 0; g < groups; g++)
+                if (tiles) pack_queries(g, rows, C, D, q + b * rows * C, q_pe + b * rows * D, columns + b * groups * 8 * (C + D));
+#endif
+        #pragma omp for collapse(2) schedule(static)
+        for (long b = 0; b < B; b++)
+            for (long k = 0; k < blocks; k++) {
+                float *part = memory + (b * blocks + k) * per_block;
+                long last = (k + 1) * block < S ? (k + 1) * block : S;
+                float *sum = part + rows, *mixed = part + 2 * rows, *scores = mixed + groups * 16 * C;
+                const bf16 *latents = latent + b * latent_batch, *pe = k_pe + b * k_pe_batch;
+                const uint8_t *seen = mask ? mask + b * mask_batch : NULL;
+#ifdef HAS_AMX
+                if (tiles) {
+                    if (scratch) attend_block_tiles(rows, T, C, D, k * block, last, scale, columns + b * groups * 8 * (C + D), latents,
+                                                    latent_stride, pe, k_pe_stride, seen, S, part, sum, mixed, scores, scratch);
+                    continue;
+                }
+#endif
+                attend_block(rows, T, C, D, k * block, last, scale, q + b * rows * C, q_pe + b * rows * D, latents, latent_stride,
+                             pe, k_pe_stride, seen, S, part, sum, mixed, scores);
+            }
+#ifdef HAS_AMX
+        close_tiles(theirs);
+        free(scratch);
+#endif
+        #pragma omp for collapse(2) schedule(static)
+        for (long b = 0; b < B; b++)
+            for (long r = 0; r < rows; r++) {
+                float sums[4096], most = -3e38f, total = 0;
+                bf16 mixed[4096];
+                const bf16 *at = mixed;
+                float *parts = memory + b * blocks * per_block;
+                for (long k = 0; k < blocks; k++) most = parts[k * per_block + r] > most ? parts[k * per_block + r] : most;
+                memset(sums, 0, C * sizeof(float));
+                for (long k = 0; k < blocks; k++) {
+                    float *part = parts + k * per_block, weight = expf(part[r] - most);
+                    total += weight * part[rows + r];
+                    for (long c = 0; c < C; c++) sums[c] += weight * part[2 * rows + r * C + c];
+                }
+                for (long c = 0; c < C; c++) mixed[c] = narrow(sums[c] / total);
+                for (long v = 0; v < dv; v++) {
+                    float y;
+                    dot_bf16(up + ((r / T) * (dn + dv) + dn + v) * C, &at, C, 1, &y);
+                    out[((b * T + r % T) * heads + r / T) * dv + v] = narrow(y);
+                }
+            }
+    }
+    free(memory);
+#ifdef HAS_AMX
+    free(columns);
+#endif
+    return (int)failed;
+}
 """

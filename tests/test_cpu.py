@@ -264,11 +264,18 @@ def test_the_linear_layer_goes_the_short_way_only_where_it_may(monkeypatch):
 
 
 @compiled
-@given(st.integers(1, 3), st.integers(1, 8), st.integers(0, 700), st.booleans(), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_absorbed_attention(batch, new, cached, padded, seed):
-    """Random lengths over several blocks, left padding, strided caches."""
-    heads, dn, dv, c, dr, total = 4, 16, 12, 72, 24, cached + new
+@given(
+    st.integers(1, 3),
+    st.integers(1, 8),
+    st.integers(0, 700),
+    st.booleans(),
+    st.sampled_from([(4, 72, 24), (4, 64, 32), (5, 192, 64)]),
+    st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_absorbed_attention(batch, new, cached, padded, sizes, seed):
+    """Random lengths over several blocks, left padding, strided caches; by tiles where the widths allow it."""
+    (heads, c, dr), dn, dv, total = sizes, 16, 12, cached + new
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -294,6 +301,27 @@ def test_absorbed_attention(batch, new, cached, padded, seed):
     got = kimi_cpu.absorb(*tensors, mask, 0.05)
     allowed = 1.5 * (plain(*tensors) - want).abs().max() + 2**-7 * want.abs().max()
     assert (got - want).abs().max() <= allowed
+
+
+@compiled
+def test_absorbed_attention_reads_nothing_behind_the_last_key():
+    """What lies there may be anything; 9,000 keys are several of the longest blocks."""
+    generator = torch.Generator().manual_seed(0)
+    for total in (1, 31, 33, 130, 9000):
+        latent = torch.full((1, 1, total + 40, 128), float("nan")).bfloat16()
+        k_pe = torch.full((1, 1, total + 40, 32), float("nan")).bfloat16()
+        latent[:, :, :total].normal_(generator=generator)
+        k_pe[:, :, :total].normal_(generator=generator)
+        q_nope, q_pe, up = (
+            torch.randn(*shape, generator=generator).bfloat16()
+            for shape in ((1, 3, 1, 16), (1, 3, 1, 32), (3, 32, 128))
+        )
+        got = kimi_cpu.absorb(q_nope, q_pe, up, latent[:, :, :total], k_pe[:, :, :total], None, 0.1)
+        copies = latent[:, :, :total].double(), k_pe[:, :, :total].double()
+        q_latent = torch.einsum("bhtd,hdc->bhtc", q_nope.double(), up[:, :16].double())
+        out, _ = latent_attention(q_latent, q_pe.double(), *copies, None, 0.1)
+        want = torch.einsum("bhtc,hvc->bthv", out, up[:, 16:].double())
+        assert (got - want).abs().max() <= 2**-5 * want.abs().max()
 
 
 # ----------------------------------------------------------------------------------------------------------- choice
