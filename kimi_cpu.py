@@ -22,6 +22,19 @@ import torch
 
 from .kimi_cpu_code import SOURCE
 
+# What they take: l a long, f a float, p a pointer.
+FUNCTIONS = {
+    "linear_bf16": "lll pp pp",
+    "rms_norm": "llf ppp",
+    "rotary": "llll ppppp",
+    "unpack_int4": "ll ppp",
+    "experts_int4": "llll ppp pppppp p",
+    "expert_int4": "lllll ppp pppppp p",
+    "absorb": "llllllll f pppp ll p ll p l p",
+    "prefill_attention": "llllllll f pp pp pp pp p l pp",
+    "use_tiles": "l",
+}
+
 
 class Unavailable(RuntimeError):
     """Why there is no compiled code on this machine."""
@@ -42,6 +55,10 @@ def library() -> ctypes.CDLL:
     if not target.is_file():
         compile_source(compiler, flags, runtime, target)
     loaded = ctypes.CDLL(str(target))
+    kinds = {"l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
+    for name, arguments in FUNCTIONS.items():
+        if hasattr(loaded, name):
+            getattr(loaded, name).argtypes = [kinds[kind] for kind in arguments.replace(" ", "")]
     if hasattr(loaded, "use_tiles"):
         loaded.use_tiles(1)
     return loaded
@@ -106,26 +123,22 @@ def why_unavailable() -> str | None:
     return None
 
 
-def address(tensor: torch.Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
 def linear_bf16(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """x (R, M) times the transpose of weight (N, M), both contiguous bf16 on the CPU; (R, N), sums in fp32, which is given
-    as it is for `dtype` float32, otherwise rounded to bf16."""
-    rows, inputs = x.shape
-    y = x.new_empty(rows, weight.shape[0], dtype=dtype)
-    sizes = map(ctypes.c_long, (rows, weight.shape[0], inputs))
-    outputs = (None, address(y)) if dtype == torch.float32 else (address(y), None)
-    library().linear_bf16(*sizes, address(x), address(weight), *outputs)
+    """x (..., M) times the transpose of weight (N, M), contiguous, both bf16 on the CPU; (..., N), sums in fp32, which is
+    given as it is for `dtype` float32, otherwise rounded to bf16."""
+    outputs, inputs = weight.shape
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
+    places = (None, y.data_ptr()) if dtype == torch.float32 else (y.data_ptr(), None)
+    library().linear_bf16(x.numel() // inputs, outputs, inputs, x.data_ptr(), weight.data_ptr(), *places)
     return y
 
 
 def rms_norm_bf16(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x (..., M) over its root mean square, rounded to bf16, times weight (M); contiguous bf16, sums in fp32."""
     y = torch.empty_like(x)
-    sizes = ctypes.c_long(x.numel() // x.shape[-1]), ctypes.c_long(x.shape[-1]), ctypes.c_float(eps)
-    library().rms_norm(*sizes, address(x), address(weight), address(y))
+    width = x.shape[-1]
+    library().rms_norm(x.numel() // width, width, eps, x.data_ptr(), weight.data_ptr(), y.data_ptr())
     return y
 
 
@@ -134,18 +147,14 @@ def rotary_bf16(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     second ones, contiguous. The last dimension of x has stride 1."""
     y, cos, sin = x.new_empty(x.shape), cos.contiguous(), sin.contiguous()
     strides = (ctypes.c_long * 3)(*x.stride()[:3])
-    library().rotary(
-        *map(ctypes.c_long, x.shape), address(x), strides, address(cos), address(sin), address(y)
-    )
+    library().rotary(*x.shape, x.data_ptr(), strides, cos.data_ptr(), sin.data_ptr(), y.data_ptr())
     return y
 
 
 def unpack_int4_bf16(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Writes (N, M/8) words times (N, M/32) bf16 scales into `out`, (N, M) bf16."""
     rows, inputs = out.shape
-    library().unpack_int4(
-        ctypes.c_long(rows), ctypes.c_long(inputs), address(packed), address(scale), address(out)
-    )
+    library().unpack_int4(rows, inputs, packed.data_ptr(), scale.data_ptr(), out.data_ptr())
     return out
 
 
@@ -159,9 +168,9 @@ def experts_int4(
     scale) stacks of gate, up and down. Returns the weighted sums, (R, H) fp32, the same ones on every run."""
     rows, width = x.shape
     output = torch.empty(rows, width, dtype=torch.float32)
-    sizes = map(ctypes.c_long, (rows, ids.shape[1], width, matrices[0][0].shape[1]))
+    sizes = (rows, ids.shape[1], width, matrices[0][0].shape[1])
     tensors = [x, ids, weights, *(tensor for pair in matrices for tensor in pair), output]
-    if library().experts_int4(*sizes, *map(address, tensors)):
+    if library().experts_int4(*sizes, *(tensor.data_ptr() for tensor in tensors)):
         raise MemoryError(f"no memory for the intermediate results of {rows} rows")
     return output
 
@@ -191,15 +200,17 @@ def absorb(
         mask_batch = num_new * num_total if mask.shape[0] > 1 else 0
     sizes = (batch, heads, num_new, num_total, nope, v_dim, width, k_pe.shape[-1])
     failed = library().absorb(
-        *map(ctypes.c_long, sizes),
-        ctypes.c_float(scaling),
-        *map(address, (q_nope, q_pe, up, latent)),
-        *map(ctypes.c_long, (latent.stride(0), latent.stride(2))),
-        address(k_pe),
-        *map(ctypes.c_long, (k_pe.stride(0), k_pe.stride(2))),
-        address(mask) if mask is not None else None,
-        ctypes.c_long(mask_batch),
-        address(output),
+        *sizes,
+        scaling,
+        *(tensor.data_ptr() for tensor in (q_nope, q_pe, up, latent)),
+        latent.stride(0),
+        latent.stride(2),
+        k_pe.data_ptr(),
+        k_pe.stride(0),
+        k_pe.stride(2),
+        None if mask is None else mask.data_ptr(),
+        mask_batch,
+        output.data_ptr(),
     )
     if failed:
         raise MemoryError(f"no memory for the scores of {num_new} new tokens against {num_total}")
@@ -231,12 +242,12 @@ def expert_int4(
     (R, H) fp32; `matrices` are (packed, scale) stacks of gate, up and down. All contiguous; what they are is made out
     once, since a layer has hundreds of experts.
     """
-    sizes = map(ctypes.c_long, (x.shape[1], matrices[0][0].shape[1]))
     tensors = [x, rows, weights, *(tensor for pair in matrices for tensor in pair), output]
-    arguments, function = (*sizes, *map(address, tensors)), library().expert_int4
+    arguments = (x.shape[1], matrices[0][0].shape[1], *(tensor.data_ptr() for tensor in tensors))
+    function = library().expert_int4
 
     def run(place: int, start: int, count: int) -> None:
-        if function(*map(ctypes.c_long, (place, start, count)), *arguments):
+        if function(place, start, count, *arguments):
             raise MemoryError(f"no memory for the intermediate results of {count} rows")
 
     return run
@@ -266,19 +277,19 @@ def prefill_attention(
         mask_batch = num_new * num_total if mask.shape[0] > 1 else 0
     four = ctypes.c_long * 4
 
-    def given(tensor: torch.Tensor) -> tuple[ctypes.c_void_p, ctypes.Array]:
-        return address(tensor), four(*tensor.stride())
+    def given(tensor: torch.Tensor) -> tuple[int, ctypes.Array]:
+        return tensor.data_ptr(), four(*tensor.stride())
 
     sizes = (batch, heads, num_new, num_total, nope, rope, out.shape[-1], -1 if offset is None else offset)
     failed = library().prefill_attention(
-        *map(ctypes.c_long, sizes),
-        ctypes.c_float(scaling),
+        *sizes,
+        scaling,
         *given(q_nope),
         *given(q_pe),
         *given(kv),
         *given(k_pe),
-        address(mask) if mask is not None else None,
-        ctypes.c_long(mask_batch),
+        None if mask is None else mask.data_ptr(),
+        mask_batch,
         *given(out),
     )
     if failed:

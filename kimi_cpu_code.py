@@ -387,7 +387,7 @@ static inline __attribute__((always_inline)) void tile_6x64(
 static int has_tiles = 0;
 
 /* Turns the use of tiles on, for which the system is asked, or off. Returns whether they are used. */
-int use_tiles(int wanted) {
+int use_tiles(long wanted) {
     return has_tiles = wanted && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
 }
 

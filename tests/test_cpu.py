@@ -254,13 +254,13 @@ def test_the_linear_layer_goes_the_short_way_only_where_it_may(monkeypatch):
     x = torch.randn(2, FEW_ROWS // 2, 64).bfloat16()
     with torch.no_grad():
         y = module(x)
-        assert y.shape == (2, FEW_ROWS // 2, 32) and calls == [(FEW_ROWS, 64)]
+        assert y.shape == (2, FEW_ROWS // 2, 32) and calls == [x.shape]
         assert_close(y, F.linear(x, module.weight), 2**-6, "two roundings of the same sum")
         module(torch.randn(FEW_ROWS + 1, 64).bfloat16())
         module(torch.empty(0, 64).bfloat16())
         module.float()(x.float())
     module.bfloat16()(x).sum().backward()
-    assert calls == [(FEW_ROWS, 64)] and module.weight.grad.abs().sum() > 0
+    assert calls == [x.shape] and module.weight.grad.abs().sum() > 0
 
 
 @compiled
