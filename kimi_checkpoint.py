@@ -9,7 +9,7 @@ A checkpoint is a set of safetensors shards (and an index). A shard is
 which is simple enough to read directly, and that buys three things. All headers are compared with the model before one
 weight is read, so a wrong checkpoint is refused whole, with names, shapes and files. A tensor's bytes go from the file
 straight into its place in the stack, in several threads: no copy, no memory beyond the model's own (and, on the way to
-another device or dtype, a piece of PIECE_BYTES for each thread). And transformers' two majors, which would treat 207,360
+another device or dtype, at most two pieces of PIECE_BYTES for each thread). And transformers' two majors, which would treat 207,360
 expert tensors one by one in two different ways, share one path.
 
 A `Slot` is the place of one published tensor: a parameter, or one expert's slice of a stacked one. Experts of a pool

@@ -110,14 +110,14 @@ class File:
 
     def read(self, ranges: Sequence[Range]) -> None:
         """Fills the views; ranges ascend. Raises OSError with the name of the range that could not be read."""
-        for place in range(len(ranges)):
+        held = 0, 0
+        for place, wanted in enumerate(ranges):
             try:
                 if place == 0:
                     self.check()
-                    held = (0, 0)
                 held = self._read_range(ranges, place, held)
             except OSError as error:
-                raise OSError(f"{ranges[place].name} could not be read from {self.path}: {error}.") from error
+                raise OSError(f"{wanted.name} could not be read from {self.path}: {error}.") from error
 
     def check(self) -> None:
         """Called before each reading."""
