@@ -317,9 +317,10 @@ class MLA(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention on keys and values made from the cache, as many heads at a time as the workspace holds."""
         up, joined, weights = None, None, []
-        heads = heads_at_once(
-            latent, self.num_heads, self.nope_dim + self.rope_dim, self.nope_dim + self.v_dim
-        )
+        # Keys and padded values; PyTorch's own kernel for a CPU may pack both once more.
+        copies = 2 if latent.is_cuda or self.suits_compiled_prefill(q_nope, latent, attention_mask) else 4
+        per_token = self.nope_dim + self.v_dim + copies * (self.nope_dim + self.rope_dim)
+        heads = heads_at_once(latent, self.num_heads, per_token)
         for start in range(0, self.num_heads, heads):
             part = slice(start, start + heads)
             if heads >= self.num_heads:
@@ -426,10 +427,10 @@ def choose_path(path: str, num_new: int, num_total: int, device: str = "cpu") ->
     return "absorb" if num_new == 1 or (num_new <= most and num_total >= 4 * num_new) else "expand"
 
 
-def heads_at_once(latent: torch.Tensor, num_heads: int, qk_dim: int, kv_dim: int) -> int:
-    """Heads of which `kv_b_proj`'s output, keys and padded values over S tokens fit WORKSPACE_BYTES; at least one."""
+def heads_at_once(latent: torch.Tensor, num_heads: int, per_token: int) -> int:
+    """Heads of which so many values for each of S tokens fit WORKSPACE_BYTES; at least one."""
     batch, _, length, _ = latent.shape
-    per_head = batch * length * (kv_dim + 2 * qk_dim) * latent.element_size()
+    per_head = batch * length * per_token * latent.element_size()
     return max(1, min(num_heads, WORKSPACE_BYTES // max(per_head, 1)))
 
 

@@ -123,13 +123,11 @@ def test_workspace_at_full_size():
     """What one call expands, or its scores: at most 512 MB at every context up to 262,144."""
     for length in (4096, 32768, 262144):
         latent = torch.empty(1, 1, length, 512, dtype=torch.bfloat16, device="meta")
-        heads = heads_at_once(latent, 64, 192, 256)
+        heads = heads_at_once(latent, 64, 640)
         assert heads >= 1 and heads * length * (256 + 2 * 192) * 2 <= 512 * 2**20
         queries = queries_at_once(torch.empty(1, 64, 128, 512, dtype=torch.bfloat16, device="meta"), length)
         assert queries >= 1 and queries * 64 * length * 10 <= 512 * 2**20
-    assert (
-        heads_at_once(torch.empty(1, 1, 1024, 512, dtype=torch.bfloat16, device="meta"), 64, 192, 256) == 64
-    )
+    assert heads_at_once(torch.empty(1, 1, 1024, 512, dtype=torch.bfloat16, device="meta"), 64, 640) == 64
 
 
 def test_paths_can_be_forced_and_cross_in_one_place():
