@@ -254,6 +254,17 @@ void rotary(long B, long heads, long T, long D, const bf16 *restrict x, const lo
             }
 }
 
+#ifdef __AVX512BF16__
+/* The 4 words of a group to 32 bf16, each (code - 8) * scale rounded once: a table of 16 that the codes choose from. */
+static inline __m512i unpack_group(const void *words, float scale) {
+    const __m512 codes = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+    __m256i table = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(scale)));
+    __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)words));
+    wide = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 12)), _mm512_set1_epi32(0x000F000F));
+    return _mm512_permutexvar_epi16(wide, _mm512_castsi256_si512(table));
+}
+#endif
+
 /* (N, M/8) words and (N, M/32) scales to (N, M) bf16, each (code - 8) * scale rounded once. */
 void unpack_int4(long N, long M, const uint32_t *words, const bf16 *scale, bf16 *out) {
     #pragma omp parallel for schedule(static)
@@ -263,11 +274,7 @@ void unpack_int4(long N, long M, const uint32_t *words, const bf16 *scale, bf16 
             bf16 *to = out + n * M + 32 * g;
             float s = widen(scale[n * (M / 32) + g]);
 #ifdef __AVX512BF16__
-            const __m512 codes = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-            __m256i table = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(s)));
-            __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)octets));
-            wide = _mm512_and_si512(_mm512_or_si512(wide, _mm512_slli_epi32(wide, 12)), _mm512_set1_epi32(0x000F000F));
-            _mm512_storeu_si512(to, _mm512_permutexvar_epi16(wide, _mm512_castsi256_si512(table)));
+            _mm512_storeu_si512(to, unpack_group(octets, s));
 #else
             for (int b = 0; b < 16; b++) {
                 to[2 * b] = narrow(((int)(octets[b] & 15) - 8) * s);
@@ -428,21 +435,13 @@ typedef struct {
 static inline long apart(long M) { return M + 32; }
 
 static inline void unpack_part(unpacking *u) {
-    const __m512 codes = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
     long groups = u->M / 32, last = u->group + PART < groups ? u->group + PART : groups;
     const uint32_t *words = u->words[u->block] + u->row * (u->M / 8);
     const bf16 *scale = u->scale[u->block] + u->row * groups;
     bf16 *to = u->tiles + (u->block * 16 + u->row) * apart(u->M);
-    float scales[PART];
-    __m128i narrow_scales = _mm_maskz_loadu_epi16((1u << (last - u->group)) - 1, scale + u->group);
-    _mm256_storeu_si256((__m256i *)scales, _mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow_scales), 16));
-    __asm__ volatile("" : "+m"(scales));  /* each is read from memory, which spares the port that shuffles */
     for (long g = u->group; g < last; g++) {
         if (g % 4 == 0) _mm_prefetch((const char *)(words + 4 * g) + AHEAD, _MM_HINT_T1);
-        __m256i table = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(scales[g - u->group])));
-        __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(words + 4 * g)));
-        wide = _mm512_ternarylogic_epi32(wide, _mm512_slli_epi32(wide, 12), _mm512_set1_epi32(0x000F000F), 0xA8);  /* (a | b) & c */
-        _mm512_store_si512(to + g * 32, _mm512_permutexvar_epi16(wide, _mm512_castsi256_si512(table)));
+        _mm512_store_si512(to + g * 32, unpack_group(words + 4 * g, widen(scale[g])));
     }
     u->group = last;
     if (last == groups) { u->group = 0; if (++u->row == 16) { u->row = 0; u->block++; } }
@@ -519,14 +518,19 @@ static inline __m512 exp2_ps(__m512 x) {
     return _mm512_scalef_ps(y, whole);
 }
 
+/* Of 16 keys, of which `left` are there, those that the mask has, if any. */
+static inline __mmask16 lanes(long left, const uint8_t *mask) {
+    __mmask16 live = left >= 16 ? 0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+    if (mask && live) live &= _mm_test_epi8_mask(_mm_maskz_loadu_epi8(live, mask), _mm_set1_epi8(-1));
+    return live;
+}
+
 /* One row's scores (KEYS) to p, of which the first `seen` keys, and of them those that the mask has, take part. Updates
    the row's largest score and sum, returns what its output so far is to be multiplied by. */
 static inline float soften(const float *scores, long seen, const uint8_t *mask, float scale, float *top, float *sum, bf16 *p) {
     __m512 most = _mm512_set1_ps(*top), x[KEYS / 16], total = _mm512_setzero_ps();
     for (int i = 0; i < KEYS / 16; i++) {
-        long left = seen - 16 * i;
-        __mmask16 live = left >= 16 ? 0xFFFF : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
-        if (mask && live) live &= _mm_test_epi8_mask(_mm_maskz_loadu_epi8(live, mask + 16 * i), _mm_set1_epi8(-1));
+        __mmask16 live = lanes(seen - 16 * i, mask ? mask + 16 * i : NULL);
         x[i] = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), live, _mm512_loadu_ps(scores + 16 * i), _mm512_set1_ps(scale));
         most = _mm512_max_ps(most, x[i]);
     }
@@ -623,13 +627,18 @@ static void gate_and_up(long n, long last, long blocks, long H, long I, int4_mat
     }
 }
 
+/* One of the four 16 x 16 of sums (32, 32), transposed. */
+static inline void turn_quarter(float (*sums)[32], int quarter, __m512i *tile) {
+    for (int r = 0; r < 16; r++) tile[r] = _mm512_loadu_si512(sums[quarter / 2 * 16 + r] + quarter % 2 * 16);
+    transpose_16x16(tile);
+}
+
 /* sums (32 outputs, 32 rows) of the rows from `first` on: out (., H), from output n on, += weight * sum. */
 static inline void add_weighted(float (*sums)[32], long first, long rows, long H, long n, const int64_t *row, const float *weights,
                                 float *out) {
     for (int i = 0; i < 4; i++) {
         __m512i tile[16];
-        for (int r = 0; r < 16; r++) tile[r] = _mm512_loadu_si512(sums[i / 2 * 16 + r] + i % 2 * 16);
-        transpose_16x16(tile);
+        turn_quarter(sums, i, tile);
         for (long r = first + i % 2 * 16, k = 0; k < 16 && r < rows; r++, k++) {
             float *to = out + row[r] * H + n + i / 2 * 16;
             _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(weights[r]), _mm512_castsi512_ps(tile[k]), _mm512_loadu_ps(to)));
@@ -900,17 +909,15 @@ static void pack_values(const bf16 *rows, long stride, long live, long keys, lon
 static void weigh(long keys, long padded, float *scores, const uint8_t *mask, float scale, float *top, float *sum, bf16 *p) {
     __m512 most = _mm512_set1_ps(-3e38f), total = _mm512_setzero_ps(), low = most;
     for (long s = 0; s < keys; s += 16) {
-        __mmask16 live = keys - s >= 16 ? 0xFFFF : (__mmask16)((1u << (keys - s)) - 1), seen = live;
-        if (mask) seen &= _mm_test_epi8_mask(_mm_maskz_loadu_epi8(live, mask + s), _mm_set1_epi8(-1));
+        __mmask16 seen = lanes(keys - s, mask ? mask + s : NULL);
         __m512 x = _mm512_mask_mul_ps(low, seen, _mm512_loadu_ps(scores + s), _mm512_set1_ps(scale));
         _mm512_storeu_ps(scores + s, x);
         most = _mm512_max_ps(most, x);
     }
     *top = _mm512_reduce_max_ps(most);
     for (long s = 0; s < padded; s += 16) {
-        __mmask16 live = keys - s >= 16 ? 0xFFFF : keys <= s ? 0 : (__mmask16)((1u << (keys - s)) - 1);
         __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + s), _mm512_set1_ps(*top)), _mm512_set1_ps(1.44269504f));
-        __m512 y = _mm512_maskz_mov_ps(live, exp2_ps(x));
+        __m512 y = _mm512_maskz_mov_ps(lanes(keys - s, NULL), exp2_ps(x));
         total = _mm512_add_ps(total, y);
         _mm256_storeu_si256((__m256i *)(p + s), (__m256i)_mm512_cvtneps_pbh(y));
     }
@@ -947,8 +954,7 @@ static void attend_block_tiles(long rows, long T, long C, long D, long first, lo
             for (int i = 0; i < 4; i++) {
                 if (i % 2 && !both) continue;
                 __m512i tile[16];
-                for (int r = 0; r < 16; r++) tile[r] = _mm512_loadu_si512(sums[i / 2 * 16 + r] + i % 2 * 16);
-                transpose_16x16(tile);
+                turn_quarter(sums, i, tile);
                 for (int r = 0; r < 16; r++)
                     _mm512_storeu_si512(scores + ((g + i % 2) * 16 + r) * padded + s + i / 2 * 16, tile[r]);
             }

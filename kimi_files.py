@@ -37,6 +37,11 @@ class Range(NamedTuple):
     name: str
 
 
+def whole_blocks(size: int) -> int:
+    """Bytes of the blocks that hold `size`."""
+    return -(-size // BLOCK) * BLOCK
+
+
 def file_stamp(status: os.stat_result) -> tuple[int, int]:
     """What tells that a file is not what it was: bytes, and ns of the last change."""
     return status.st_size, status.st_mtime_ns
@@ -138,8 +143,9 @@ class File:
                 first = position - position % BLOCK
                 last = min(first + PIECE, end_of_run(ranges[place:]))
                 try:
-                    whole = -(-(last - first) // BLOCK) * BLOCK  # the file may end within the last block
-                    read_exactly(direct.fileno(), first, BUFFERS.piece[:whole], last - first)
+                    # The file may end within the last block.
+                    view_of_blocks = BUFFERS.piece[: whole_blocks(last - first)]
+                    read_exactly(direct.fileno(), first, view_of_blocks, last - first)
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
@@ -191,7 +197,7 @@ class ShardWriter:
         self.path, self.size, self.watch = str(path), size, watch
         self.flags = getattr(os, "O_DIRECT", 0) if size >= DIRECT_FROM else 0
         self.descriptor = self._open(os.O_CREAT | os.O_TRUNC)
-        piece = min(PIECE, max(-(-size // BLOCK) * BLOCK, BLOCK))
+        piece = min(PIECE, max(whole_blocks(size), BLOCK))
         self.buffers = [memoryview(mmap.mmap(-1, piece)) for _ in range(2)]
         self.filled = self.begin = 0  # bytes in the first buffer; where in the file they belong
         self.thread = ThreadPoolExecutor(1, "shard-writer")
@@ -234,7 +240,7 @@ class ShardWriter:
         piece = self.buffers[0][: self.filled]
         if self.watch is not None:
             self.watch(piece)
-        whole = -(-len(piece) // BLOCK) * BLOCK if self.flags else len(piece)  # cut off by `_finish`
+        whole = whole_blocks(len(piece)) if self.flags else len(piece)  # cut off by `_finish`
         self.writing = self.thread.submit(self._write, self.buffers[0][:whole], self.begin)
         self.begin, self.filled = self.begin + len(piece), 0
         self.buffers.reverse()

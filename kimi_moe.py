@@ -113,7 +113,7 @@ class Router(nn.Module):
         """(R, H) to topk_ids (R, K) int64 and topk_weights (R, K) fp32."""
         with torch.autocast(x.device.type, enabled=False):
             # fp32: scores in bf16 tie, and ties swap experts.
-            if goes_the_short_way(x, self.weight) and x.is_contiguous():
+            if goes_the_short_way(x, self.weight):
                 scores = linear_bf16(x, self.weight, torch.float32).sigmoid()  # (R, E)
             else:
                 scores = F.linear(x.float(), self.weight.float()).sigmoid()

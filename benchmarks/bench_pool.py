@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import transformers
+from bench_loading import drop_from_page_cache
 
 PROMPT_TOKENS = 64
 TRACE_TEXT = {
@@ -37,12 +38,6 @@ TRACE_TEXT = {
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 64,
 }
-
-
-def drop_from_page_cache(folder: str) -> None:
-    for path in Path(folder).glob("*.safetensors"):
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def peak_rss() -> float:

@@ -59,6 +59,18 @@ def test_random_ranges(path, data):
         assert read(file, places) == [data[begin:end] for begin, end in places]
 
 
+def test_what_lies_far_between_is_not_read(path, data, monkeypatch):
+    file, real, sizes = File(path, direct=True), kimi_files.read_exactly, []
+    monkeypatch.setattr(
+        kimi_files,
+        "read_exactly",
+        lambda d, begin, view, *least: sizes.append(len(view)) or real(d, begin, view, *least),
+    )
+    places = [(5, 10), (PIECE // 2, PIECE // 2 + 10)]
+    assert read(file, places) == [data[begin:end] for begin, end in places]
+    assert sum(sizes) <= 2 * BLOCK
+
+
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_file_that_ends_or_changed_is_named_with_the_range(path, direct):
     file = File(path, direct)
@@ -74,11 +86,17 @@ def test_a_file_that_ends_or_changed_is_named_with_the_range(path, direct):
 
 def test_a_file_that_another_one_replaced_stays_readable(path, data, monkeypatch):
     monkeypatch.setattr(kimi_files, "DIRECT_FROM", 0)
-    monkeypatch.setattr(kimi_files, "lies_in_page_cache", lambda *args: False)
-    shard = Shard(str(path), file_stamp(path.stat()))
     other = path.with_name("other")
     other.write_bytes(bytes(SIZE))
-    os.replace(other, path)
+
+    def replaced_meanwhile(*args):  # between the two times that it is opened
+        os.replace(other, path)
+        return False
+
+    monkeypatch.setattr(kimi_files, "lies_in_page_cache", replaced_meanwhile)
+    stamp = file_stamp(path.stat())
+    shard = Shard(str(path), stamp)
+    assert not other.exists()
     assert read(shard, [(0, SIZE)]) == [data]
 
 

@@ -18,7 +18,7 @@ from conftest import ROOT
 from kimi import kimi_files, kimi_pool
 from kimi.kimi_pool import PooledExperts, all_fit, requested
 from kimi.kimi_sizes import expert_bytes
-from kimi.kimi_slots import ExpertFiles, Part, SlotCache, Visit, Worth, empty_for_weights
+from kimi.kimi_slots import ExpertFiles, Part, SlotCache, Visit, Worth, empty_for_weights, zeros_for_weights
 from kimi.kimi_usage import Routing
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
 from kimi.tiny_checkpoint import write_tiny_checkpoint
@@ -669,3 +669,19 @@ def test_memory_for_weights_is_a_tensor_like_others(shape, dtype):
     tensor.fill_(3)
     other = tensor.clone().share_memory_()
     assert torch.equal(tensor, other) and torch.equal(copy.deepcopy(tensor), tensor)
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm"), reason="reads the resident set from /proc (Linux)"
+)
+def test_zeros_take_no_memory_until_they_are_written():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    words = zeros_for_weights((64, 2**20), torch.int32)
+    assert resident() - before < words.nbytes / 4
+    assert not words[::9, ::4099].any() and words.shape == (64, 2**20) and words.dtype == torch.int32
+    with torch.device("meta"):
+        assert zeros_for_weights((64, 2**20), torch.int32).is_meta
+    assert not zeros_for_weights((3, 5), torch.bfloat16).any()
