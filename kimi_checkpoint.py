@@ -9,8 +9,8 @@ A checkpoint is a set of safetensors shards (and an index). A shard is
 which is simple enough to read directly, and that buys three things. All headers are compared with the model before one
 weight is read, so a wrong checkpoint is refused whole, with names, shapes and files. A tensor's bytes go from the file
 straight into its place in the stack, in several threads: no copy, no memory beyond the model's own (and, on the way to
-another device or dtype, at most two pieces of PIECE_BYTES for each thread). And transformers' two majors, which would treat 207,360
-expert tensors one by one in two different ways, share one path.
+another device or dtype, at most two pieces of PIECE_BYTES for each thread). And transformers' two majors, which would
+treat 207,360 expert tensors one by one in two different ways, share one path.
 
 A `Slot` is the place of one published tensor: a parameter, or one expert's slice of a stacked one. Experts of a pool
 (`kimi_pool.py`) have slots too, which are checked like the others and then read when they are needed.
@@ -37,7 +37,7 @@ from transformers.utils import logging
 from .kimi_files import Range, Shard, ShardWriter, file_stamp
 from .kimi_moe import Experts
 from .kimi_pool import PooledExperts
-from .kimi_slots import READERS, ExpertFiles, Part, bytes_of, empty_for_weights
+from .kimi_slots import READERS, ExpertFiles, Part, bytes_of, empty_for_weights, landing
 
 DTYPES = {
     "F64": torch.float64,
@@ -353,10 +353,9 @@ class Filling:
             if source.tensor is not None:
                 place.copy_(source.tensor.reshape(-1)[first:last])
                 continue
-            straight = place.device.type == "cpu" and place.dtype == source.dtype
-            buffer = place if straight else torch.empty(place.shape, dtype=source.dtype)
+            buffer = landing(place, place.shape, source.dtype)
             ranges.append(Range(source.begin + first * source.dtype.itemsize, bytes_of(buffer), slot.name))
-            if not straight:
+            if buffer is not place:
                 buffers.append((place, buffer))
         if shard is not None:
             shard.read(ranges)

@@ -143,9 +143,10 @@ def rms_norm_bf16(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
 
 
 def rotary_bf16(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B, h, T, dr) bf16, its pairs turned by the angles of cos and sin (B, T, dr/2) fp32; all first members, then all
+    """x (B, h, T, dr) bf16, its pairs turned by the angles of cos and sin (B or 1, T, dr/2); all first members, then all
     second ones, contiguous. The last dimension of x has stride 1."""
-    y, cos, sin = x.new_empty(x.shape), cos.contiguous(), sin.contiguous()
+    cos, sin = (table.float().expand(len(x), -1, -1).contiguous() for table in (cos, sin))
+    y = x.new_empty(x.shape)
     strides = (ctypes.c_long * 3)(*x.stride()[:3])
     library().rotary(*x.shape, x.data_ptr(), strides, cos.data_ptr(), sin.data_ptr(), y.data_ptr())
     return y

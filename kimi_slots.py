@@ -62,6 +62,12 @@ def zeros_for_weights(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return empty_for_weights(shape, dtype)
 
 
+def landing(place: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Where a file's bytes go: `place` itself if it lies in RAM and has their dtype, else memory of its own."""
+    straight = place is not None and place.device.type == "cpu" and place.dtype == dtype
+    return place if straight else torch.empty(shape, dtype=dtype)
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor in RAM."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -106,8 +112,7 @@ class ExpertFiles:
         buffers = []
         for part in sorted(parts, key=lambda part: part.source.begin):
             source, place = part.source, out.get(part.parameter)
-            straight = place is not None and place.device.type == "cpu" and place.dtype == source.dtype
-            buffer = place if straight else torch.empty(source.shape, dtype=source.dtype)
+            buffer = landing(place, source.shape, source.dtype)
             ranges[source.file].append(Range(source.begin, bytes_of(buffer), part.name))
             buffers.append((part, place, buffer))
         try:

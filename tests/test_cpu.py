@@ -236,6 +236,10 @@ def test_rotary(batch, heads, tokens, width, seed):
     cos, sin = angles.cos(), angles.sin()
     compiled_result, recorded = apply_rotary(x, cos, sin), apply_rotary(x.clone().requires_grad_(), cos, sin)
     assert recorded.requires_grad and compiled_result.is_contiguous()
+    shared = apply_rotary(x, cos[:1], sin[:1])
+    assert shared.equal(apply_rotary(x, cos[:1].expand_as(cos), sin[:1].expand_as(sin))), (
+        "one row of angles for all"
+    )
     first, second = x[..., 0::2].double(), x[..., 1::2].double()
     c, s = cos.double().unsqueeze(1), sin.double().unsqueeze(1)
     want = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
