@@ -9,6 +9,7 @@ more memory never makes a plan fail.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,15 @@ from .kimi_sizes import (
 PREFILL_CHUNKS = (8192, 4096, 2048, 1024, 512, 256)  # new tokens in one forward pass; the largest that fits
 # A pool over files on disk must hold the experts of a token in this many layers: those in use, and those read ahead.
 POOL_STEPS = 2
+
+
+class Chain(NamedTuple):
+    """The layers in order: bytes of each without experts but with its cache, which of them are MoE, and bytes of the
+    experts of one that is."""
+
+    spine: tuple[int, ...]
+    moe: tuple[bool, ...]
+    experts: int
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,15 @@ class Job:
         return self.config.text_config.n_routed_experts * expert_bytes(self.config.text_config, self.size)
 
     @cached_property
+    def chain(self) -> Chain:
+        """What the search needs to know of the layers."""
+        spine = tuple(
+            sum(size for kind, size in layer.items() if kind != "routed_experts") + sum(self.layer_cache)
+            for layer in self.layers
+        )
+        return Chain(spine, tuple("routed_experts" in layer for layer in self.layers), self.experts)
+
+    @cached_property
     def min_pool(self) -> int:
         """Bytes of RAM without which experts cannot be read from disk."""
         text = self.config.text_config
@@ -111,7 +130,7 @@ class Run:
     specials: tuple[str, ...]
 
 
-def _special_bytes(job: Job, chunk: int, outside: Sequence[str]) -> list[int]:
+def _special_bytes(job: Job, chunk: int, outside: Sequence[str]) -> tuple[int, ...]:
     """Bytes of each special; 0 for those kept `outside` of the accelerators."""
     sizes = []
     for name in SPECIALS:
@@ -119,46 +138,46 @@ def _special_bytes(job: Job, chunk: int, outside: Sequence[str]) -> list[int]:
         if name == "vision":
             size += max(0, vision_workspace_bytes(job.config) - job.workspace(chunk))
         sizes.append(0 if name in outside else size)
-    return sizes
+    return tuple(sizes)
 
 
-def _place(job: Job, budgets: Sequence[float], chunk: int, outside: Sequence[str] = ()) -> list[Run] | None:
+# Which specials a device may take (a mask) so that those placed so far are `AFTER`; sorted by AFTER, `FIRST` of each.
+AFTER, TAKEN = np.array(
+    [(after, taken) for after in range(8) for taken in range(8) if after & taken == taken]
+).T
+BEFORE, FIRST = AFTER & ~TAKEN, np.searchsorted(AFTER, range(8))
+
+
+@lru_cache(
+    maxsize=256
+)  # a search for the least RAM, or for a disk, asks about the same accelerators again and again
+def _place(layers: Chain, budgets: tuple[int, ...], specials: tuple[int, ...]) -> tuple[Run, ...] | None:
     """Runs of layers for devices with so many bytes for weights and cache, or None if not even the spine fits.
 
     Dynamic programming over devices in order. State: layers placed so far, and which specials. Value: layers whose
     experts are on a device, first; then evenness, as minus the sum of squared fills; then specials at their ends.
     """
-    count = len(job.layers)
-    specials = _special_bytes(job, chunk, outside)
-    best = np.full((8, count + 1), -np.inf)
+    best = np.full((8, len(layers.spine) + 1), -np.inf)
     best[0, 0] = 0.0
-    came_from: list[np.ndarray] = []  # per device: (8, count + 1, 2) of previous mask and previous layer
+    history = [best]  # before each device
     for device, budget in enumerate(budgets):
-        gains = _gains(chain(job), float(budget), tuple(specials))
-        new, came = np.full_like(best, -np.inf), np.zeros((8, count + 1, 2), dtype=int)
-        for taken in range(8):
-            masks = np.array([mask for mask in range(8) if mask & taken == taken])
-            score = best[masks & ~taken][:, :, None] + gains[taken] - _detour(taken, device, len(budgets))
-            rows = score.argmax(axis=1)  # (masks, to): where the device's run begins
-            value = np.take_along_axis(score, rows[:, None], axis=1)[:, 0]
-            better = value > new[masks]
-            new[masks] = np.where(better, value, new[masks])
-            steps = np.stack((np.broadcast_to((masks & ~taken)[:, None], rows.shape), rows), axis=-1)
-            came[masks] = np.where(better[..., None], steps, came[masks])
-        best = new
-        came_from.append(came)
-    if best[7, count] == -np.inf:
+        detours = _detours(device, len(budgets))[TAKEN, None]
+        gains = _gains(layers, budget, specials)
+        values = (best[BEFORE][:, :, None] + gains[TAKEN]).max(axis=1) - detours  # (ways, layers placed)
+        best = np.maximum.reduceat(values, FIRST)
+        history.append(best)
+    if best[7, -1] == -np.inf:
         return None
-    return _trace(job, budgets, specials, came_from)
+    return _trace(layers, budgets, specials, history)
 
 
 WORTH_OF_EXPERTS = 1e4  # more than any sum of squared fills and detours
 
 
 @lru_cache(maxsize=64)  # the GPUs of a node are alike
-def _gains(job_chain: tuple, budget: float, specials: tuple[int, ...]) -> np.ndarray:
+def _gains(layers: Chain, budget: int, specials: tuple[int, ...]) -> np.ndarray:
     """(8, count + 1, count + 1): what it is worth that a device takes a mask of specials and layers [from, to)."""
-    spine, moe, experts = job_chain
+    spine, moe, experts = layers
     spines, moes = np.concatenate(([0.0], np.cumsum(spine))), np.concatenate(([0], np.cumsum(moe)))
     gains = np.full((8, len(spines), len(spines)), -np.inf)
     for taken in range(8):
@@ -173,35 +192,34 @@ def _gains(job_chain: tuple, budget: float, specials: tuple[int, ...]) -> np.nda
     return gains
 
 
-def chain(job: Job) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Bytes of each layer without experts but with cache; which layers are MoE; bytes of a layer's experts."""
-    spine = tuple(
-        sum(size for kind, size in layer.items() if kind != "routed_experts") + sum(job.layer_cache)
-        for layer in job.layers
-    )
-    return spine, tuple(int("routed_experts" in layer) for layer in job.layers), job.experts
-
-
-def _detour(taken: int, device: int, count: int) -> float:
-    """The cost of specials away from their end of the chain: embeddings and vision first, the head last. A device of
-    distance outweighs what evenness there is to win, so they move only where they do not fit.
+def _detours(device: int, count: int) -> np.ndarray:
+    """(8,): the cost of a mask of specials away from their end of the chain: embeddings and vision first, the head last.
+    A device of distance outweighs what evenness there is to win, so they move only where they do not fit.
     """
     distances = (device, device, count - 1 - device)
-    return 0.1 * sum(distance for bit, distance in enumerate(distances) if taken >> bit & 1)
+    return np.array(
+        [0.1 * sum(far for bit, far in enumerate(distances) if taken >> bit & 1) for taken in range(8)]
+    )
 
 
-def _trace(job: Job, budgets: Sequence[float], specials: list[int], came_from: list[np.ndarray]) -> list[Run]:
-    spine, moe, experts = chain(job)
+def _trace(
+    layers: Chain, budgets: Sequence[int], specials: Sequence[int], history: Sequence[np.ndarray]
+) -> tuple[Run, ...]:
+    """The way that led to the best value, from the last device to the first."""
+    spine, moe, experts = layers
     mask, end, runs = 7, len(spine), []
     for device in reversed(range(len(budgets))):
-        before, begin = (int(value) for value in came_from[device][mask, end])
-        taken = mask & ~before
-        names = tuple(name for bit, name in enumerate(SPECIALS) if taken >> bit & 1)
-        load = sum(spine[begin:end]) + sum(size for bit, size in enumerate(specials) if taken >> bit & 1)
+        taken = TAKEN[mask == AFTER]
+        gains = _gains(layers, budgets[device], tuple(specials))[taken, :, end]
+        values = history[device][mask & ~taken] + gains - _detours(device, len(budgets))[taken, None]
+        way, begin = (int(index) for index in np.unravel_index(values.argmax(), values.shape))
+        bits = int(taken[way])
+        load = sum(spine[begin:end]) + sum(size for bit, size in enumerate(specials) if bits >> bit & 1)
         held = min(sum(moe[begin:end]), int((budgets[device] - load) // experts)) if end > begin else 0
+        names = tuple(name for bit, name in enumerate(SPECIALS) if bits >> bit & 1)
         runs.append(Run(begin, end, held, names))
-        mask, end = before, begin
-    return runs[::-1]
+        mask, end = mask & ~bits, begin
+    return tuple(runs[::-1])
 
 
 @dataclass(frozen=True)
@@ -254,27 +272,27 @@ def attempt(machine: Machine, job: Job, chunk: int, outside: tuple[str, ...]) ->
     else:
         budgets = [ram - job.workspace(chunk)]
     has_files = machine.disk_bytes >= job.checkpoint_bytes
-    homeless = 0 if has_files else sum(chain(job)[1]) * job.experts - (ram if machine.gpus else 0)
+    homeless = 0 if has_files else sum(job.chain.moe) * job.experts - (ram if machine.gpus else 0)
     if ram < 0 or sum(budget for budget in budgets if budget > 0) < _least(job, outside) + max(0, homeless):
         return None  # the common case of a refusal, found without a search
-    runs = _place(job, budgets, chunk, outside)
+    runs = _place(job.chain, tuple(budgets), _special_bytes(job, chunk, outside))
     if runs is None:
         return None
-    left = sum(chain(job)[1]) - sum(run.with_experts for run in runs)
+    left = sum(job.chain.moe) - sum(run.with_experts for run in runs)
     if not machine.gpus:  # the pool is what the spine leaves of the RAM
-        pool = int(budgets[0]) - sum(chain(job)[0]) - sum(_special_bytes(job, chunk, ()))
+        pool = int(budgets[0]) - sum(job.chain.spine) - sum(_special_bytes(job, chunk, ()))
         in_ram = 0
     else:
         pool, in_ram = min(ram, left * job.experts), min(left, ram // job.experts)
     on_disk = left - in_ram
     if on_disk and (not has_files or pool < job.min_pool):
         return None
-    return Placement(tuple(runs), outside, chunk, pool if left else 0, in_ram, on_disk)
+    return Placement(runs, outside, chunk, pool if left else 0, in_ram, on_disk)
 
 
 def _least(job: Job, outside: Sequence[str]) -> int:
     """Bytes that must lie on accelerators in any case."""
-    return sum(chain(job)[0]) + sum(
+    return sum(job.chain.spine) + sum(
         sum(job.modules.get(path, {}).values())
         for name in SPECIALS
         if name not in outside

@@ -56,7 +56,7 @@ from .kimi_machine import (
     parse_gpus,
     parse_size,
 )
-from .kimi_placement import OUTSIDES, PATHS, Job, Placement, Run, attempt, chain, find_placement, ram_budget
+from .kimi_placement import OUTSIDES, PATHS, Job, Placement, Run, attempt, find_placement, ram_budget
 from .kimi_sizes import DTYPES, WEIGHT_KINDS, expert_bytes, vision_workspace_bytes
 
 try:
@@ -240,7 +240,7 @@ def _order(path: str) -> tuple[int, int]:
 
 def _expert_tiers(machine: Machine, job: Job, placement: Placement) -> dict[int, str]:
     """The home of each MoE layer's experts: those first in a device's run stay with it, then RAM fills, then disk."""
-    moe, tiers, rest = chain(job)[1], {}, []
+    moe, tiers, rest = job.chain.moe, {}, []
     for run in placement.runs:
         layers = [idx for idx in range(run.begin, run.end) if moe[idx]]
         tiers.update(dict.fromkeys(layers[: run.with_experts], "gpu" if machine.gpus else "ram"))

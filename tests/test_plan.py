@@ -4,7 +4,6 @@ import inspect
 import json
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,8 @@ from conftest import ROOT
 from kimi.configuration_kimi import KimiK25Config
 from kimi.kimi_cache import new_cache
 from kimi.kimi_checkpoint import model_slots
-from kimi.kimi_machine import GIB, MIB, Gpu, gpu_of, parse_gpus, parse_size
+from kimi.kimi_machine import GIB, MIB, Gpu, Machine, gpu_of, parse_gpus, parse_size
+from kimi.kimi_placement import OUTSIDES, Job, _place
 from kimi.kimi_plan import Plan, main, plan
 from kimi.kimi_sizes import WEIGHT_KINDS, text_workspace_bytes, vision_workspace_bytes, weight_bytes
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
@@ -334,11 +334,27 @@ def test_a_batch_reads_the_experts_of_all_its_tokens():
     assert many.tokens_per_s == pytest.approx(16 * 4.8e12 / many.bytes_per_step["gpu"])
 
 
-@pytest.mark.parametrize("gpus", ["8xH200", "7xH100", "1x24GB", "16x24GB", "4xH100,4xA100-40"])
-def test_planning_takes_less_than_a_second(gpus):
-    start = time.process_time()
-    plan(FULL, gpus, 64 * GIB, batch=2)
-    assert time.process_time() - start < 1.0
+def count_searches(gpus: str, ram_bytes: int) -> int:
+    """Searches over the ways to cut the chain of layers, each of which takes a few operations on arrays per device."""
+    _place.cache_clear()
+    plan(FULL, gpus, ram_bytes, batch=2)
+    return _place.cache_info().misses
+
+
+@pytest.mark.parametrize(
+    "gpus", ["8xH200", "7xH100", "1x24GB", "16x24GB", "4xH100,4xA100-40", "16x12GB", "64x12GB"]
+)
+def test_planning_takes_few_searches(gpus):
+    """However many devices there are: about twenty find the least of a size to 1 MiB."""
+    assert 1 <= count_searches(gpus, 64 * GIB) <= 50
+
+
+def test_more_ram_beside_the_same_gpus_takes_no_new_search():
+    """How the layers lie on GPUs does not depend on the RAM."""
+    _place.cache_clear()
+    machine = Machine(parse_gpus("16x24GB"), 64 * GIB, 0)
+    missing = kimi.kimi_plan._missing(machine, Job(FULL, 262_144, 2, "bfloat16"))
+    assert missing["ram"] > 0 and _place.cache_info().misses <= len(OUTSIDES)
 
 
 # -------------------------------------------------------------------------------------------------------------- laws
