@@ -141,16 +141,14 @@ def _special_bytes(job: Job, chunk: int, outside: Sequence[str]) -> tuple[int, .
     return tuple(sizes)
 
 
-# Which specials a device may take (a mask) so that those placed so far are `AFTER`; sorted by AFTER, `FIRST` of each.
-AFTER, TAKEN = np.array(
-    [(after, taken) for after in range(8) for taken in range(8) if after & taken == taken]
-).T
+# The 27 ways in which a device can take specials: masks of those it takes and of those placed after and before it;
+# sorted by AFTER, and where each value of that begins.
+AFTER, TAKEN = np.array([(after, taken) for after in range(8) for taken in range(8) if taken & ~after == 0]).T
 BEFORE, FIRST = AFTER & ~TAKEN, np.searchsorted(AFTER, range(8))
 
 
-@lru_cache(
-    maxsize=256
-)  # a search for the least RAM, or for a disk, asks about the same accelerators again and again
+# Cached, since a search for the least RAM, or for a disk, asks about the same accelerators again and again.
+@lru_cache(maxsize=256)
 def _place(layers: Chain, budgets: tuple[int, ...], specials: tuple[int, ...]) -> tuple[Run, ...] | None:
     """Runs of layers for devices with so many bytes for weights and cache, or None if not even the spine fits.
 
