@@ -572,7 +572,7 @@ def write_shards(
         text = json.dumps(
             {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2
         )
-        index.write_text(text + "\n")
+        index.write_text(text + "\n", encoding="utf-8")
     else:
         index.unlink(missing_ok=True)
     old = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5,6}})?\.safetensors")

@@ -73,7 +73,7 @@ def openmp_runtime() -> Path | None:
 def cpu_features() -> str:
     """What the code was compiled for: the cache may lie in a home that several kinds of machine share."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()} {platform.node()}"
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.node())
@@ -95,7 +95,7 @@ def cache_folder() -> Path:
 def compile_source(compiler: str, flags: list[str], runtime: Path | None, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         source, built = Path(folder) / "kimi_cpu.c", Path(folder) / "kimi_cpu.so"
-        source.write_text(SOURCE)
+        source.write_text(SOURCE, encoding="utf-8")
         command = [compiler, *flags, "-o", str(built), str(source), "-lm"]
         attempts = [[*command, "-fopenmp"], command]
         if runtime is not None:

@@ -166,9 +166,9 @@ def detect_ram() -> int:
     meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
     if not meminfo.is_file():
         return 0
-    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="utf-8"))
     available = int(match[1]) * 1024 if match else 0
-    text = limit.read_text().strip() if limit.is_file() else "max"
+    text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
     return min(available, int(text)) if text.isdigit() else available
 
 

@@ -185,7 +185,11 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         return f"{card.name}, {card.multi_processor_count} SMs, {card.total_memory / 1e9:.0f} GB | {versions}, CUDA {torch.version.cuda}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     model = next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
         platform.processor(),

@@ -72,7 +72,9 @@ def write_clip(path: Path, num_seconds: int) -> None:
 
 
 def kimi_way(case: str, path: str, decoder: str) -> Callable[[], tuple[int, int]]:
-    processor = KimiK25VisionProcessor(**json.loads((ROOT / "preprocessor_config.json").read_text()))
+    processor = KimiK25VisionProcessor(
+        **json.loads((ROOT / "preprocessor_config.json").read_text(encoding="utf-8"))
+    )
 
     def run() -> tuple[int, int]:
         medias = [{"type": "image", "image": path}] if case == "photo" else processor.open_chunks(path)
@@ -116,7 +118,7 @@ def qwen_class() -> Any:
 
 def status_mb(field: str) -> float:
     """VmRSS or VmHWM of this process, in MB. Linux only."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1000
 
 

@@ -14,7 +14,7 @@ from conftest import DATA, ROOT
 from kimi.configuration_kimi import PUBLISHED_QUANTIZATION, KimiK25Config
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 
-LM_GOLDEN = json.loads((DATA / "lm_golden.json").read_text())
+LM_GOLDEN = json.loads((DATA / "lm_golden.json").read_text(encoding="utf-8"))
 
 SMALL_VISION = {
     "vt_hidden_size": 32,
@@ -106,7 +106,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, atol: float, why: str) -
 def compile_without_a_gpu(script: str, arch: int, folder: Path) -> None:
     """Runs a script that compiles Triton kernels for sm_`arch`, in a process where the interpreter is off."""
     pytest.importorskip("triton.backends.nvidia", reason="this triton has no CUDA compiler")
-    (folder / "compile.py").write_text(script)
+    (folder / "compile.py").write_text(script, encoding="utf-8")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder / "cache")}
     done = subprocess.run(

@@ -31,9 +31,9 @@ def test_json_says_the_same(good, capsys):
 
 
 def edit(path, change):
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def truncate(folder):
@@ -83,13 +83,16 @@ FAULTS = {
         "which is not <|im_end|>",
     ),
     "a pointer instead of the vocabulary": (
-        lambda f: (f / "tiktoken.model").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        lambda f: (f / "tiktoken.model").write_text(
+            "version https://git-lfs.github.com/spec/v1\n", encoding="utf-8"
+        ),
         "tiktoken.model",
         "Git LFS",
     ),
     "a template with a newline too many": (
         lambda f: (f / "chat_template.jinja").write_text(
-            (f / "chat_template.jinja").read_text().replace("'<think>'", "'<think>\\n'")
+            (f / "chat_template.jinja").read_text(encoding="utf-8").replace("'<think>'", "'<think>\\n'"),
+            encoding="utf-8",
         ),
         "chat template",
         "renders",

@@ -54,10 +54,12 @@ def test_int4_to_bf16_and_back_is_bit_for_bit(source, tmp_path):
     assert want.keys() == got.keys()
     for name in want:
         assert want[name].dtype == got[name].dtype and torch.equal(want[name], got[name]), name
-    config = json.loads((back / "config.json").read_text())
+    config = json.loads((back / "config.json").read_text(encoding="utf-8"))
     assert (
         config["text_config"]["quantization_config"]
-        == json.loads((source / "config.json").read_text())["text_config"]["quantization_config"]
+        == json.loads((source / "config.json").read_text(encoding="utf-8"))["text_config"][
+            "quantization_config"
+        ]
     )
 
 
@@ -67,7 +69,10 @@ def test_bf16_has_the_published_names_and_the_same_logits(source, tmp_path):
     names = tensors_of(dense)
     assert "language_model.model.layers.1.mlp.experts.0.gate_proj.weight" in names
     assert not any(name.endswith(("_packed", "_scale", "_shape")) for name in names)
-    assert "quantization_config" not in json.loads((dense / "config.json").read_text())["text_config"]
+    assert (
+        "quantization_config"
+        not in json.loads((dense / "config.json").read_text(encoding="utf-8"))["text_config"]
+    )
     ids = torch.arange(12).unsqueeze(0)
     models = [
         KimiK25ForConditionalGeneration.from_pretrained(f, int4_backend="reference") for f in (source, dense)
@@ -101,7 +106,7 @@ def test_weights_that_never_were_int4_are_rounded_and_counted():
 def test_a_subset_generates_like_the_layers_it_kept(source, tmp_path):
     small = tmp_path / "small"
     assert run("subset", source, small, "--layers", 2, "--experts", 8) == 0
-    config = json.loads((small / "config.json").read_text())["text_config"]
+    config = json.loads((small / "config.json").read_text(encoding="utf-8"))["text_config"]
     assert (config["num_hidden_layers"], config["n_routed_experts"]) == (2, 8)
     model = KimiK25ForConditionalGeneration.from_pretrained(small)
     whole = tensors_of(source)
@@ -140,12 +145,14 @@ def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):
     assert all(os.stat(target / name).st_mtime_ns == stamp for name, stamp in stamps.items())
     assert not (target / "conversion.json").exists()
     run("bf16", source, tmp_path / "again", "--max-shard-size", "1MB")
-    assert (target / "SHA256SUMS").read_text() == (tmp_path / "again" / "SHA256SUMS").read_text()
+    assert (target / "SHA256SUMS").read_text(encoding="utf-8") == (
+        tmp_path / "again" / "SHA256SUMS"
+    ).read_text(encoding="utf-8")
 
 
 def test_checksums_are_those_of_the_files(source, tmp_path):
     run("bf16", source, tmp_path / "dense")
-    for line in (tmp_path / "dense" / "SHA256SUMS").read_text().splitlines():
+    for line in (tmp_path / "dense" / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
         digest, name = line.split("  ")
         assert hashlib.sha256((tmp_path / "dense" / name).read_bytes()).hexdigest() == digest
 
@@ -167,7 +174,7 @@ def test_a_disk_that_lies_is_noticed(source, tmp_path, monkeypatch, capsys):
 
 def test_nothing_is_overwritten(source, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work", encoding="utf-8")
     for what in ("bf16", "mlx"):
         assert run(what, source, tmp_path / "mine") == 1
         assert "is not empty" in capsys.readouterr().err
@@ -191,7 +198,7 @@ def test_converting_what_is_converted_is_refused(source, tmp_path, capsys):
 
 def test_mlx_links_the_weights_and_names_the_tower_without_prefix(source, tmp_path):
     assert run("mlx", source, tmp_path / "mlx") == 0
-    vision = json.loads((tmp_path / "mlx" / "config.json").read_text())["vision_config"]
+    vision = json.loads((tmp_path / "mlx" / "config.json").read_text(encoding="utf-8"))["vision_config"]
     assert (
         vision["hidden_size"] == vision["vt_hidden_size"]
         and vision["depth"] == vision["vt_num_hidden_layers"]

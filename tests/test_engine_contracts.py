@@ -26,7 +26,7 @@ EXPERT = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.w
 
 
 def read(name: str, folder: Path = ROOT) -> dict:
-    return json.loads((folder / name).read_text())
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module", params=["published", "kimi-tiny"])
@@ -189,7 +189,7 @@ def test_latent_norms_with_an_engines_eps():
 
 def test_the_documented_commands_have_the_flags():
     """E-9, and section 6: what cannot be seen from the files."""
-    text = (ROOT / "docs" / "deployment.md").read_text()
+    text = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
     for flag in (
         "--tool-call-parser kimi_k2",
         "--reasoning-parser kimi_k2",

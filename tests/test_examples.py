@@ -119,11 +119,11 @@ def test_the_four_examples_over_the_endpoint_and_in_transformers(examples, tmp_p
 def test_serve_starts_from_the_command_line_and_ends(examples, tmp_path):
     folder = write_tiny_checkpoint(tmp_path / "tiny", text=SIZES, num_merges=50)
     log = tmp_path / "log"
-    with log.open("w") as file, examples["run_all"].serving(folder, file) as client:
+    with log.open("w", encoding="utf-8") as file, examples["run_all"].serving(folder, file) as client:
         (model,) = client.models.list().data
         assert model.id == "tiny"
         messages = [{"role": "user", "content": "Hi"}]
         answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
         assert 1 <= answer.usage.completion_tokens <= 3
-    text = log.read_text()
+    text = log.read_text(encoding="utf-8")
     assert "one machine and few users" in text and "vllm serve" in text and "sglang" in text

@@ -29,7 +29,7 @@ from kimi import kimi_media, kimi_video
 from kimi.kimi_media import PinnedConnection, fetch, image_size, is_public, naming, open_image, to_rgb
 from kimi.kimi_video import ChunkFrames, choose_decoder, open_video
 
-GOLDEN = json.loads((DATA / "media_golden.json").read_text())
+GOLDEN = json.loads((DATA / "media_golden.json").read_text(encoding="utf-8"))
 PICTURE = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)  # (H, W, 3)
 
 
@@ -560,7 +560,7 @@ def test_a_slow_reader_does_not_fill_the_memory(tmp_path, decoder):
     """decord decodes on while nobody reads; 240 frames of 640 x 360 would take 166 MB."""
 
     def resident_mb():
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1000
 
     path = write_clip(tmp_path / "clip.mp4", num_frames=240, size=(640, 360), preset="ultrafast")

@@ -575,7 +575,7 @@ def test_bad_input_gets_one_sentence(arguments, sentence, capsys):
 
 
 def test_a_broken_config_is_named(tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
     assert main(["--gpus", "8xH200", "--config", str(tmp_path)]) == 2
     assert f"{tmp_path / 'config.json'} is not JSON" in capsys.readouterr().err
 

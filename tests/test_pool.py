@@ -383,7 +383,9 @@ def test_a_file_that_is_replaced_or_removed_stays_readable(own_folder, one, resi
 
 def test_a_shape_that_contradicts_is_refused_when_the_expert_is_read(own_folder, one):
     name = "language_model.model.layers.2.mlp.experts.3.up_proj.weight_shape"
-    weight_map = json.loads((own_folder / "model.safetensors.index.json").read_text())["weight_map"]
+    weight_map = json.loads((own_folder / "model.safetensors.index.json").read_text(encoding="utf-8"))[
+        "weight_map"
+    ]
     file = own_folder / weight_map[name]
     tensors = load_file(file)
     save_file({**tensors, name: tensors[name].flip(0)}, file, metadata={"format": "pt"})
@@ -393,9 +395,9 @@ def test_a_shape_that_contradicts_is_refused_when_the_expert_is_read(own_folder,
 
 
 def test_wrong_checkpoints_are_refused_as_for_resident_experts(own_folder, one):
-    config = json.loads((own_folder / "config.json").read_text())
+    config = json.loads((own_folder / "config.json").read_text(encoding="utf-8"))
     config["text_config"]["n_routed_experts"] = 24
-    (own_folder / "config.json").write_text(json.dumps(config))
+    (own_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(
         ValueError, match="has 16 routed experts in a layer, the config says n_routed_experts 24"
     ):
@@ -676,7 +678,9 @@ def test_memory_for_weights_is_a_tensor_like_others(shape, dtype):
 )
 def test_zeros_take_no_memory_until_they_are_written():
     def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
 
     before = resident()
     words = zeros_for_weights((64, 2**20), torch.int32)

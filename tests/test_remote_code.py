@@ -77,8 +77,8 @@ def test_every_door_from_a_folder_and_again_from_what_it_saved(folder, tmp_path)
     needed = {f"{name}.py" for door in used for name in reachable(door)}
     assert needed <= saved and needed <= closure
     assert {"tiktoken.model", "chat_template.jinja", "tokenizer_config.json", "config.json"} <= saved
-    config = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert config["auto_map"] == json.loads((folder / "config.json").read_text())["auto_map"]
+    config = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
+    assert config["auto_map"] == json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
 
 
 # ------------------------------------------------------------------------------------- what the loader can cope with
@@ -86,7 +86,7 @@ def test_every_door_from_a_folder_and_again_from_what_it_saved(folder, tmp_path)
 
 def siblings_named_in(name):
     """What transformers finds by its regular expression over the text, docstrings included."""
-    text = SOURCES[name].read_text()
+    text = SOURCES[name].read_text(encoding="utf-8")
     return set(re.findall(r"^\s*(?:from|import)\s+\.(\w+)", text, re.MULTILINE))
 
 
@@ -106,7 +106,7 @@ def test_a_door_names_its_whole_closure(door):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_imports_are_of_a_kind_the_loader_understands(name):
-    tree = ast.parse(SOURCES[name].read_text())
+    tree = ast.parse(SOURCES[name].read_text(encoding="utf-8"))
     guarded = {
         id(node)
         for block in ast.walk(tree)
@@ -129,7 +129,11 @@ def test_imports_are_of_a_kind_the_loader_understands(name):
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_docstring_line_looks_like_an_import(name):
     """The loader's scan would take it for one and look for the file."""
-    real = {f".{node.module}" for node in ast.walk(ast.parse(SOURCES[name].read_text())) if relative(node)}
+    real = {
+        f".{node.module}"
+        for node in ast.walk(ast.parse(SOURCES[name].read_text(encoding="utf-8")))
+        if relative(node)
+    }
     assert {f".{sibling}" for sibling in siblings_named_in(name)} == real
 
 
@@ -149,7 +153,7 @@ def test_config_json_is_complete_and_unchanged_by_the_config_class(folder):
             elif got.get(key, "nothing") != value:
                 yield at, value, got.get(key)
 
-    raw = json.loads((ROOT / "config.json").read_text())
+    raw = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
     again = json.loads(KimiK25Config.from_pretrained(ROOT).to_json_string(use_diff=True))
     # The published file asks for a package that most people lack; saving does not ask for it.
     assert [at for at, _, _ in missing(raw, again)] == ["vision_config._attn_implementation"]

@@ -141,7 +141,7 @@ def test_published_size(tmp_path):
 
 
 def test_tokenizer_config_names_the_published_tokens():
-    config = json.loads((ROOT / "tokenizer_config.json").read_text())
+    config = json.loads((ROOT / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokens = {int(i) - PUBLISHED_BASE: token for i, token in config["added_tokens_decoder"].items()}
     assert {offset: token["content"] for offset, token in tokens.items()} == NAMED_TOKENS
     assert {token["content"] for token in tokens.values() if not token["special"]} == KEPT
@@ -499,7 +499,7 @@ def test_save_and_reload(fresh, folder, tmp_path):
     assert (tmp_path / "tiktoken.model").read_bytes() == (folder / "tiktoken.model").read_bytes()
     assert (tmp_path / "tokenization_kimi.py").read_bytes() == (ROOT / "tokenization_kimi.py").read_bytes()
     assert (tmp_path / "chat_template.jinja").read_bytes() == (ROOT / "chat_template.jinja").read_bytes()
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
     assert config["auto_map"]["AutoTokenizer"][0] == "tokenization_kimi.TikTokenTokenizer"
     fresh.save_vocabulary(str(tmp_path))
     assert TikTokenTokenizer.from_pretrained(tmp_path).save_vocabulary(str(tmp_path)), "saving onto itself"
@@ -514,10 +514,10 @@ def test_save_and_reload(fresh, folder, tmp_path):
     ],
 )
 def test_configs_saved_by_either_major(folder, tmp_path, form):
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     del config["additional_special_tokens"]
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **form}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **form}), encoding="utf-8")
     tokenizer = TikTokenTokenizer.from_pretrained(tmp_path)
     listed = form.get("additional_special_tokens") or form["extra_special_tokens"] or set(NAMES) - KEPT
     assert set(tokenizer.all_special_tokens) == {"[BOS]", "[EOS]", "[UNK]", "[PAD]", *listed}
@@ -563,13 +563,13 @@ BYTES = [base64.b64encode(bytes([i])).decode() + f" {i}" for i in range(256)]
     ],
 )
 def test_broken_files_are_refused(tmp_path, lines, message):
-    (tmp_path / "tiktoken.model").write_text("\n".join(lines) + "\n")
+    (tmp_path / "tiktoken.model").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         TikTokenTokenizer.from_pretrained(tmp_path)
 
 
 def test_blank_lines_and_order_do_not_matter(tmp_path):
-    (tmp_path / "m").write_text("\n" + "\n\n".join(reversed(BYTES)))
+    (tmp_path / "m").write_text("\n" + "\n\n".join(reversed(BYTES)), encoding="utf-8")
     assert list(read_ranks(str(tmp_path / "m")).items()) == [(bytes([i]), i) for i in range(256)]
 
 

@@ -21,8 +21,8 @@ from kimi.kimi_tools import (
     render_tool_declaration,
 )
 
-GOLDEN = json.loads((DATA / "tool_declaration_golden.json").read_text())
-CHATS = json.loads((DATA / "chat_golden.json").read_text())
+GOLDEN = json.loads((DATA / "tool_declaration_golden.json").read_text(encoding="utf-8"))
+CHATS = json.loads((DATA / "chat_golden.json").read_text(encoding="utf-8"))
 DECLARE, END = "<|im_system|>tool_declare<|im_middle|>", "<|im_end|>"
 
 

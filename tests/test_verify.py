@@ -52,9 +52,9 @@ def in_file(name, old, new):
 
 def in_config(part, **values):
     def plant(folder):
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config[part].update(values)
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
     return plant
 
@@ -73,11 +73,11 @@ def in_weights(name, change):
 
 
 def swap_two_ranks(folder):
-    lines = (folder / "tiktoken.model").read_text().splitlines()
+    lines = (folder / "tiktoken.model").read_text(encoding="utf-8").splitlines()
     (one, rank), (other, other_rank) = lines[50].split(), lines[60].split()
     lines[50], lines[60] = f"{one} {other_rank}", f"{other} {rank}"
     lines[50], lines[60] = lines[60], lines[50]
-    (folder / "tiktoken.model").write_text("\n".join(lines) + "\n")
+    (folder / "tiktoken.model").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 LAYER = "language_model.model.layers.1"
@@ -200,7 +200,7 @@ class Endpoint(BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("fault", [None, "content", "prompt_tokens"])
 def test_an_endpoint_is_asked(sound, monkeypatch, fault):
-    answers = json.loads((sound[1] / "stages.json").read_text())["answers"]
+    answers = json.loads((sound[1] / "stages.json").read_text(encoding="utf-8"))["answers"]
     Endpoint.replies = [dict(answer) for answer in answers]
     if fault:
         Endpoint.replies[2][fault] = 7 if fault == "prompt_tokens" else "7"

@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     for row, share in shares.items():
         print(f"{row:30} {share:6.1%}   {f'{GOALS[row]:.0%}' if row in GOALS else 'chance'}")
     if options.json:
-        options.json.write_text(json.dumps(shares, indent=2) + "\n")
+        options.json.write_text(json.dumps(shares, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     smooth = None
     with (
-        (options.work / "losses.csv").open("a", newline="") as file,
+        (options.work / "losses.csv").open("a", newline="", encoding="utf-8") as file,
         tqdm(total=options.steps, unit="step", disable=not sys.stderr.isatty()) as bar,
     ):
         writer = csv.writer(file)
@@ -181,7 +181,7 @@ def plot_losses(losses: Path, picture: Path) -> None:
     """Needs matplotlib."""
     import matplotlib.pyplot as plt
 
-    with losses.open() as file:
+    with losses.open(encoding="utf-8") as file:
         steps, values = zip(*((int(step), float(loss)) for step, loss in csv.reader(file)), strict=True)
     smooth, mean = [], values[0]
     for value in values:

@@ -68,10 +68,10 @@ def start(engine: Engine) -> tuple[uvicorn.Server, int]:
 
 def run_cli(kimi: str, port: int, folder: Path, prompt: str) -> subprocess.CompletedProcess:
     config = folder / "config.toml"
-    config.write_text(CONFIG.format(port=port))
+    config.write_text(CONFIG.format(port=port), encoding="utf-8")
     work = folder / "work"
     work.mkdir()
-    (work / "numbers.txt").write_text("473, 921, 235, 215, 222\n")
+    (work / "numbers.txt").write_text("473, 921, 235, 215, 222\n", encoding="utf-8")
     env = {**os.environ, "HOME": str(folder), "KIMI_SHARE_DIR": str(folder / "share")}
     line = [
         kimi,
