@@ -7,6 +7,7 @@ compiled once, by the C compiler of the machine, into the user's cache folder; w
 environment says KIMI_CPU_CODE=0) plain torch does the same work.
 """
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -81,15 +82,17 @@ def cpu_features() -> str:
 
 def cache_folder() -> Path:
     """A folder that only this user can write to, since what lies in it is executed."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kimi-k2.7-code"
     try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kimi-k2.7-code"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = root.stat()
         if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(root, os.W_OK):
             return root
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         pass
-    return Path(tempfile.mkdtemp(prefix="kimi_cpu_"))  # 0700; compiled anew by each process
+    own = tempfile.mkdtemp(prefix="kimi_cpu_")  # 0700; compiled anew by each process
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return Path(own)
 
 
 def compile_source(compiler: str, flags: list[str], runtime: Path | None, target: Path) -> None:

@@ -338,8 +338,11 @@ def ask_endpoint(url: str, model: str | None, key: str | None) -> list[dict[str,
 def fetch(url: str, body: dict[str, Any] | None, key: str | None) -> dict[str, Any]:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = None if body is None else json.dumps(body).encode()
+    loopback = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    direct = [urllib.request.ProxyHandler({})] if loopback else []  # no proxy knows the way there
+    opener = urllib.request.build_opener(*direct)
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=TIMEOUT) as reply:
+        with opener.open(urllib.request.Request(url, data, headers), timeout=TIMEOUT) as reply:
             return json.loads(reply.read(MAX_REPLY))
     except urllib.error.HTTPError as error:
         raise OSError(f"{url} answers {error.code}: {error.read(500).decode(errors='replace')}") from error

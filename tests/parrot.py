@@ -7,13 +7,14 @@ logits processor in front of the sampler. Without a script the model is as rando
 
 import json
 import re
+import threading
 import time
 from types import MethodType
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from conftest import ROOT
+from conftest import HANG_S, ROOT
 from kimi.image_processing_kimi import KimiK25VisionProcessor
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 from kimi.processing_kimi import KimiK25Processor
@@ -32,8 +33,9 @@ SIZES = {
 
 
 def script(reasoning="", content="", calls=(), **options):
-    """A user's text. options: `wait`, seconds per token; `raw`, the whole completion as text; `then`, the script to follow
-    once a tool has answered."""
+    """A user's text. options: `wait`, seconds per token; `gated`, to say nothing before `Prompter.gate` is set; `raw`, the
+    whole completion as text, which goes on for ever if it has no end; `then`, the script to follow once a tool has
+    answered."""
     return f"§{json.dumps(dict(reasoning=reasoning, content=content, calls=list(calls), **options))}§"
 
 
@@ -50,13 +52,19 @@ def raw_completion(told):
 
 
 class Prompter(LogitsProcessor):
-    """Allows one token per step."""
+    """Allows one token per step: those of `ids`, and then the last of them on and on."""
 
-    def __init__(self, ids, prompt_length, wait_s):
-        self.ids, self.prompt_length, self.wait_s = ids, prompt_length, wait_s
+    num_steps = 0  # of all prompters
+    gate = threading.Event()
+
+    def __init__(self, ids, prompt_length, told):
+        self.ids, self.prompt_length = ids, prompt_length
+        self.wait_s, self.gated = told.get("wait", 0), told.get("gated", False)
 
     def __call__(self, input_ids, scores):
+        Prompter.num_steps += 1
         time.sleep(self.wait_s)
+        assert not self.gated or self.gate.wait(HANG_S), "nobody opened the gate"
         forced = self.ids[min(input_ids.shape[1] - self.prompt_length, len(self.ids) - 1)]
         scores = torch.full_like(scores, -torch.inf)
         scores[:, forced] = 0.0
@@ -80,7 +88,7 @@ def load_parrot(folder):
             if "then" in told and "## Return of" in prompt[found[-1].end() :]:
                 told = told["then"]
             forced = tokenizer.encode(raw_completion(told))
-            prompter = Prompter(forced, ids.shape[1], told.get("wait", 0))
+            prompter = Prompter(forced, ids.shape[1], told)
             kwargs["logits_processor"] = LogitsProcessorList([prompter])
         return original(self, **kwargs)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -200,6 +201,7 @@ class Endpoint(BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("fault", [None, "content", "prompt_tokens"])
 def test_an_endpoint_is_asked(sound, monkeypatch, fault):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which nothing on this machine lies behind
     answers = json.loads((sound[1] / "stages.json").read_text(encoding="utf-8"))["answers"]
     Endpoint.replies = [dict(answer) for answer in answers]
     if fault:
@@ -217,7 +219,9 @@ def test_an_endpoint_is_asked(sound, monkeypatch, fault):
 
 
 def test_what_cannot_be_asked_is_said(capsys):
-    assert verify.main(["http://127.0.0.1:9/v1"]) == 2
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        assert verify.main([f"http://127.0.0.1:{silent.getsockname()[1]}/v1"]) == 2
     assert "gives no usable answer" in capsys.readouterr().err
     assert verify.main(["ftp://somewhere/v1"]) == 2
     assert "neither http nor https" in capsys.readouterr().err
