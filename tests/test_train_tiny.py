@@ -7,6 +7,7 @@ from decimal import Decimal
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from examples.train_tiny.data import IGNORED, Batches, collate, encode
 from examples.train_tiny.evaluate import turns_to_ask
@@ -31,7 +32,7 @@ from examples.train_tiny.tasks import (
     shapes_in,
     tools,
 )
-from examples.train_tiny.train import learning_rate, load_state, optimizers, train
+from examples.train_tiny.train import learning_rate, load_state, optimizers, train, train_step
 from kimi.kimi_int4 import dequantize_int4, quantize_int4
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 
@@ -154,6 +155,34 @@ def test_muon_makes_singular_values_near_one():
     for shape in ((64, 128), (3, 96, 32)):
         values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
         assert float(values.min()) > 0.5 and float(values.max()) < 1.35
+
+
+class ProductTypes(TorchDispatchMode):
+    """The types of all matrix products' results."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.seen.add(result.dtype)
+        return result
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_no_product_is_emulated(folder, processor, monkeypatch, capability):
+    """Without instructions for bfloat16 a step of training took many times as long in it as in float32."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    sample = encode(draw_sample("decimals", random.Random(6)), processor)
+    batch = collate([sample], processor.tokenizer.pad_token_id)
+    model = build_for_training(folder)
+    with ProductTypes() as products:
+        train_step(model, optimizers(model, 1e-3), batch, 1e-3)
+    # Router and vision take float32 in any case.
+    assert products.seen == {torch.float32} | ({torch.bfloat16} if capability == "AVX512" else set())
 
 
 def test_learning_rate_rises_stays_and_falls_to_nothing():

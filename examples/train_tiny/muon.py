@@ -11,12 +11,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .precision import product_dtype
+
 
 def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest matrix (..., N, M) with singular values near one, by a quintic Newton-Schulz iteration
-    in bfloat16."""
+    """The nearest matrix (..., N, M) with singular values near one, by a quintic Newton-Schulz iteration, for which
+    bfloat16 is exact enough."""
     a, b, c = 3.4445, -4.7750, 2.0315  # chosen for speed: singular values end between 0.7 and 1.2
-    x = (matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    x = (matrix / (matrix.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(product_dtype())
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     for _ in range(steps):

@@ -26,6 +26,7 @@ from kimi.kimi_moe import Router
 from .data import Batches
 from .model import build_for_training, export, load_processor, load_published, write_untrained
 from .muon import optimizers
+from .precision import product_dtype
 
 LEARNING_RATE = 3e-3
 WARM_UP = 100  # steps
@@ -93,7 +94,8 @@ def train_step(model: torch.nn.Module, optims: list, batch: dict[str, Any], rate
     for optim in optims:
         for group in optim.param_groups:
             group["lr"] = rate * group.get("share", 1.0)
-    with torch.autocast("cpu", torch.bfloat16):
+    dtype = product_dtype()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss = model(**batch, use_cache=False).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
