@@ -75,7 +75,9 @@ def describe(source: Any) -> str:
         return f"{len(source)} bytes that begin with {bytes(source[:16])!r}"
     if isinstance(source, (str, os.PathLike)):
         text = os.fspath(source)
-        end = "" if text.startswith("data:") else text[-50:]  # of a path or address it is the name of the file
+        end = (
+            "" if text.startswith("data:") else text[-50:]
+        )  # of a path or address it is the name of the file
         return repr(text if len(text) <= 120 else f"{text[:60]}...{end}")
     return f"a {type(source).__name__}"
 

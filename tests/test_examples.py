@@ -104,7 +104,7 @@ def test_the_four_examples_over_the_endpoint_and_in_transformers(examples, tmp_p
         prompt = processor.tokenizer.decode(kwargs["input_ids"][0])
         number = next(i for i, words in enumerate(prompts) if words in prompt)
         ids = processor.tokenizer.encode(raw_completion({"reasoning": "I think.", "content": said[number]}))
-        kwargs["logits_processor"] = [Prompter(ids, kwargs["input_ids"].shape[1], 0)]
+        kwargs["logits_processor"] = [Prompter(ids, kwargs["input_ids"].shape[1], {})]
         return generate(**kwargs)
 
     model.generate = answer

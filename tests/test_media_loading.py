@@ -24,9 +24,18 @@ import torch
 from PIL import Image
 
 from clips import DECODERS, grey, index_of, turn_upright, write_clip
-from conftest import DATA
+from conftest import DATA, HANG_S
 from kimi import kimi_media, kimi_video
-from kimi.kimi_media import PinnedConnection, fetch, image_size, is_public, naming, open_image, to_rgb
+from kimi.kimi_media import (
+    PinnedConnection,
+    describe,
+    fetch,
+    image_size,
+    is_public,
+    naming,
+    open_image,
+    to_rgb,
+)
 from kimi.kimi_video import ChunkFrames, choose_decoder, open_video
 
 GOLDEN = json.loads((DATA / "media_golden.json").read_text(encoding="utf-8"))
@@ -137,7 +146,7 @@ def test_of_an_animation_the_first_frame_is_used_with_a_warning():
         (b"hello", ValueError, r"5 bytes that begin with b'hello' is not an image"),
         (b"", ValueError, r"0 bytes .* is not an image"),
         ("/nowhere/cat.png", FileNotFoundError, r"there is no file '/nowhere/cat.png'"),
-        ("x" * 5000 + ".png", FileNotFoundError, r"there is no file 'x{60}\.\.\.'"),
+        ("x" * 5000 + ".png", FileNotFoundError, r"there is no file 'x{60}\.\.\.x{46}\.png'"),
         (Path("/nowhere/cat.png"), FileNotFoundError, r"there is no file"),
         ("file:///nowhere/cat.png", FileNotFoundError, r"there is no file"),
         ("data:image/png;base64,@@@@", ValueError, r"bad base64 in '@@@@'"),
@@ -236,14 +245,14 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(bytes(10**5))
 
     def answer_slow(self, target):
-        """A byte now and then: no single wait is long."""
-        self.send(200, {"Content-Length": 1000})
-        for _ in range(100):
+        """A byte now and then, on and on: no single wait is long."""
+        self.send(200, {"Content-Length": 20 * HANG_S})
+        while True:
             time.sleep(0.05)
             self.wfile.write(b"x")
 
     def answer_silent(self, target):
-        time.sleep(2)
+        self.rfile.read(1)  # until the client hangs up
 
     def handle(self):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client was meant to hang up
@@ -251,6 +260,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+
+def test_a_long_name_keeps_both_ends():
+    path = "/a/long/way/" * 20 + "clip.mp4"
+    assert describe(path).startswith("'/a/long/way/") and describe(path).endswith("/clip.mp4'")
+    assert len(describe(path)) < 120 and describe(path[-100:]) == repr(path[-100:])
+    assert describe("data:image/png;base64," + "A" * 200).endswith("AAA...'")
 
 
 @pytest.fixture(scope="module")
@@ -336,18 +352,17 @@ def test_size_limit(port, path):
 
 
 def test_size_limit_stops_an_endless_body(port, monkeypatch):
-    monkeypatch.setattr(kimi_media, "FETCH_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(kimi_media, "FETCH_TIMEOUT_S", HANG_S)
     with pytest.raises(OSError, match=r"it has 1\d{6} bytes or more, and the limit is 1000000"):
         fetch(f"http://127.0.0.1:{port}/endless", ALLOWED, max_bytes=10**6)
 
 
 @pytest.mark.parametrize("path", ["slow", "silent"])
 def test_time_limit_counts_for_the_whole_fetch(port, path, monkeypatch):
+    """Neither server would ever end."""
     monkeypatch.setattr(kimi_media, "FETCH_TIMEOUT_S", 0.3)
-    start = time.monotonic()
     with pytest.raises(OSError, match=r"cannot fetch '.*' within 0.3 s"):
         fetch(f"http://127.0.0.1:{port}/{path}", ALLOWED)
-    assert time.monotonic() - start < 1.5
 
 
 def test_nobody_listening():
@@ -495,7 +510,9 @@ def test_narrow_frames_are_the_same_from_both_decoders(tmp_path, width):
     """decord gives frames under 64 pixels of width a wrong number of channels."""
     path = write_clip(tmp_path / "narrow.avi", num_frames=6, size=(width, 30), codec="ffv1")
     by_decord, by_pyav = (np.asarray(open_video(path, decoder=name).read(5)) for name in ("decord", "pyav"))
-    assert by_decord.shape == (30, width, 3) and np.array_equal(by_decord, by_pyav)
+    assert by_decord.shape == by_pyav.shape == (30, width, 3)
+    # Each brings an FFmpeg of its own, which may round colours apart.
+    assert np.abs(by_decord.astype(int) - by_pyav).max() <= 2
 
 
 def test_frames_that_are_decoded_already(clip):
@@ -554,24 +571,40 @@ def test_frames_shown_before_the_key_frame_they_need(tmp_path, decoder):
     assert set(too_late) == {0} if decoder == "pyav" else 0 <= min(too_late) <= max(too_late) <= 3
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_a_slow_reader_does_not_fill_the_memory(tmp_path, decoder):
-    """decord decodes on while nobody reads; 240 frames of 640 x 360 would take 166 MB."""
+class Watched:
+    """decord's reader, and what was asked of it: frames by number, "rest" for going back to the start."""
 
-    def resident_mb():
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1000
+    def __init__(self, reader):
+        self.reader, self.asked = reader, []
 
-    path = write_clip(tmp_path / "clip.mp4", num_frames=240, size=(640, 360), preset="ultrafast")
-    video = open_video(path, decoder=decoder)
-    before = resident_mb()
-    for start in (0, 60, 120):
-        assert len(list(ChunkFrames(video, range(start, start + 60, 15)))) == 4
-        time.sleep(0.4)
-    video.read(5)
-    time.sleep(0.4)
-    assert resident_mb() - before < 40
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return self.reader[index]
+
+    def seek(self, index):
+        assert index == 0
+        self.asked.append("rest")
+        self.reader.seek(index)
+
+
+@pytest.mark.skipif("decord" not in DECODERS, reason="decord has no wheel for this platform")
+def test_a_slow_reader_of_decord_does_not_fill_the_memory(clip):
+    """decord decodes on while nobody reads, unless it is at rest."""
+    video = open_video(clip, decoder="decord")
+    video.reader = watched = Watched(video.reader)
+    frames = ChunkFrames(video, [1, 20, 39, 59])
+    assert [index_of(frame) for frame in frames] == [1, 20, 39, 59]
+    assert index_of(frames[2]) == index_of(video.read(39)) == 39
+    assert watched.asked == [1, 20, 39, 59, "rest", 39, "rest", 39, "rest"]
+
+
+def test_a_slow_reader_of_pyav_does_not_fill_the_memory(clip):
+    """Frames are taken from the decoder one by one, and none beyond the one that is wanted."""
+    video = open_video(clip, decoder="pyav")
+    taken, frames = [], video.frames
+    video.frames = (taken.append(frame.pts) or frame for frame in frames)
+    assert [index_of(frame) for frame in ChunkFrames(video, [5, 20])] == [5, 20]
+    assert 20 <= len(taken) <= 21
 
 
 @pytest.mark.skipif("decord" not in DECODERS, reason="decord has no wheel for this platform")
