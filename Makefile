@@ -21,7 +21,7 @@ test-next: .venv-next/ready-dev
 	.venv-next/bin/python -m pytest $(ARGS)
 
 test-kernels: .venv-kernels/ready
-	.venv-kernels/bin/python -m pytest tests/test_int4_triton.py tests/test_attention_triton.py $(ARGS)
+	.venv-kernels/bin/python -m pytest -m kernels $(ARGS)
 
 test-engines: .venv-engines/ready
 	.venv-engines/bin/python -m pytest -m engines tests/engines $(ARGS)

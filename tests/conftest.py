@@ -18,7 +18,7 @@ HANG_S = 600  # a wait that lasts longer has hung: over ten times what the longe
 # Of the caller's environment: proxies, which loopback servers are not behind, and what changes the code under test.
 FOREIGN = re.compile(
     r".*_proxy|(KIMI|HF|HUGGINGFACE|TRANSFORMERS|ACCELERATE|OPENAI|SSL_CERT)_.*"
-    r"|PYTHON(PATH|SAFEPATH|INTMAXSTRDIGITS)|NO_COLOR|FORCE_COLOR|COLUMNS|LINES",
+    r"|PYTHON(PATH|SAFEPATH|INTMAXSTRDIGITS)|TRITON_INTERPRET|NO_COLOR|FORCE_COLOR|COLUMNS|LINES",
     re.IGNORECASE,
 )
 for name in filter(FOREIGN.fullmatch, list(os.environ)):
@@ -26,6 +26,9 @@ for name in filter(FOREIGN.fullmatch, list(os.environ)):
 # Before transformers is imported. Code that it copies from a folder, and what our code compiles, is this run's own.
 CACHES = Path(tempfile.mkdtemp(prefix="kimi_tests_"))
 atexit.register(shutil.rmtree, CACHES, ignore_errors=True)
+# Few threads, which do not spin while they wait: beside a busy process, spinning took 20 times as long as working.
+os.environ.setdefault("OMP_NUM_THREADS", str(max(2, min(4, os.cpu_count() or 2))))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ |= {
     "HF_HOME": str(CACHES / "huggingface"),
     "HF_HUB_OFFLINE": "1",
@@ -52,9 +55,13 @@ if settings is not None:
 
 
 def pytest_configure(config):
-    """Tests of the CPU stay on it where there is a GPU, whose tests are run by `pytest -m gpu`."""
-    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+    """Tests of the CPU stay on it where there is a GPU, whose tests are run by `pytest -m gpu`. Kernels are interpreted or
+    compiled from their decorator on, and many tests import them: `pytest -m kernels` without a GPU interprets."""
+    chosen = set(re.findall(r"(?<!not )\b(gpu|kernels)\b", config.option.markexpr))
+    if "gpu" not in chosen:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if chosen and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,16 +1,11 @@
-"""The Triton attention on the latent against the plain reference: interpreted on a CPU, compiled on a GPU.
-
-Like test_int4_triton.py this sets TRITON_INTERPRET before triton is imported, unless there is a GPU.
-"""
+"""The Triton attention on the latent against the plain reference: interpreted on a CPU, compiled on a GPU."""
 
 import math
-import os
 
 import pytest
 import torch
+from packaging.version import Version
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="triton is not installed (make test-kernels installs it)")
 
 from builders import assert_close, compile_without_a_gpu  # noqa: E402
@@ -18,6 +13,7 @@ from kimi import kimi_attention_triton  # noqa: E402
 from kimi.kimi_attention import latent_attention, readable_mask  # noqa: E402
 from kimi.kimi_attention_triton import AttentionBlocks, latent_attention_triton, num_splits  # noqa: E402
 
+pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALING = 0.2
 BLOCKS = AttentionBlocks(queries=16, keys=16, warps=4, stages=1)
@@ -30,7 +26,7 @@ def interpreter_works():
     if DEVICE == "cpu":
         import numpy
 
-        if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4) and triton.__version__ < "3.7":
+        if Version(numpy.__version__) >= Version("2.4") and Version(triton.__version__) < Version("3.7"):
             pytest.skip(
                 f"triton {triton.__version__} cannot interpret with numpy {numpy.__version__}: needs < 2.4"
             )

@@ -1,8 +1,8 @@
 """The terminal chat: lines in, what it shows, what it keeps between turns, and that wrong input ends nothing."""
 
+import contextlib
 import io
 import os
-import pty
 import subprocess
 import sys
 import threading
@@ -13,7 +13,7 @@ from PIL import Image
 
 from chat import Chat
 from clips import write_clip
-from conftest import ROOT
+from conftest import HANG_S, ROOT
 from kimi.tiny_checkpoint import write_tiny_checkpoint
 from serve_engine import Engine, Sampling
 
@@ -88,31 +88,34 @@ def command(tmp_path_factory):
 
 def test_the_command_in_a_pipe_and_in_a_terminal(command):
     line, options = command
-    done = subprocess.run(line, input="Hello\n", capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run(line, input="Hello\n", capture_output=True, text=True, timeout=HANG_S, **options)
     assert done.returncode == 0, done.stderr
     assert "8 written" in done.stdout and "\x1b" not in done.stdout and "> " not in done.stdout
-    ours, theirs = pty.openpty()
+    ours, theirs = pytest.importorskip("pty").openpty()
     process = subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, **options)
     os.close(theirs)
     shown = []
 
     def read():
-        while True:
-            try:
-                shown.append(os.read(ours, 4096))
-            except OSError:  # the other end is closed
-                return
+        with contextlib.suppress(OSError):  # Linux says so when the other end is closed, others read nothing
+            while piece := os.read(ours, 4096):
+                shown.append(piece)
 
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=read, daemon=True)
     reader.start()
     os.write(ours, b"Hello\n/quit\n")
-    assert process.wait(timeout=120) == 0
-    reader.join(timeout=10)
+    try:
+        assert process.wait(timeout=HANG_S) == 0
+        reader.join(timeout=HANG_S)
+        assert not reader.is_alive()
+    finally:
+        process.kill()
+        os.close(ours)
     text = b"".join(shown).decode(errors="replace")
     assert "> " in text and "\x1b[2m" in text and "8 written" in text
 
 
 def test_a_missing_folder_is_named():
     line = [sys.executable, "chat.py", "--model", "/no/such/folder"]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=HANG_S)
     assert done.returncode != 0 and "/no/such/folder" in done.stderr

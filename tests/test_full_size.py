@@ -1,7 +1,6 @@
 """The published model, built on meta: its names, shapes, dtypes and counts, without its 595 GB."""
 
 import math
-import time
 
 import pytest
 import torch
@@ -77,16 +76,9 @@ def published_tensors() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 @pytest.fixture(scope="module")
-def built() -> tuple[float, KimiK25ForConditionalGeneration]:
-    config = KimiK25Config()
-    start = time.perf_counter()
+def built() -> KimiK25ForConditionalGeneration:
     with torch.device("meta"):
-        model = KimiK25ForConditionalGeneration._from_config(config, **_dtype(torch.bfloat16))
-    return time.perf_counter() - start, model
-
-
-def _dtype(dtype: torch.dtype) -> dict:
-    return {"dtype": dtype}
+        return KimiK25ForConditionalGeneration._from_config(KimiK25Config(), dtype=torch.bfloat16)
 
 
 def test_inventory_adds_up_to_the_published_totals():
@@ -96,26 +88,26 @@ def test_inventory_adds_up_to_the_published_totals():
     assert sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values()) == 595_148_192_736
 
 
-def test_built_on_meta_within_ten_seconds(built):
-    seconds, model = built
-    assert seconds <= 10, f"61 layers took {seconds:.1f} s"
-    assert {p.device.type for p in model.parameters()} == {"meta"}
+def test_experts_are_no_modules_of_their_own(built):
+    """23,040 experts as modules, and their 207,360 tensors as parameters, take minutes to build and to walk through."""
+    assert len(list(built.modules())) < 61 * 30 and len(list(built.parameters())) < 61 * 40
+    assert {p.device.type for p in built.parameters()} == {"meta"}
 
 
 def test_state_dict_is_exactly_the_published_one(built):
-    state = built[1].state_dict()
+    state = built.state_dict()
     got = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
     want = published_tensors()
     assert got.keys() == want.keys(), sorted(got.keys() ^ want.keys())[:5]
     wrong = [(name, got[name], want[name]) for name in want if got[name] != want[name]]
     assert not wrong, wrong[:5]
-    slots = model_slots(built[1])
+    slots = model_slots(built)
     assert list(slots) == list(state)
     assert all(slot.shape == want[name][0] for name, slot in slots.items())
 
 
 def test_parameters_are_counted_as_logical_weights(built):
-    model = built[1]
+    model = built
     assert model.num_parameters() == 1_026_879_376_368
     assert sum(p.numel() for p in model.vision_tower.parameters()) == 416_866_032
     assert sum(p.numel() for p in model.mm_projector.parameters()) == 54_277_888

@@ -1,17 +1,13 @@
 """The Triton experts against the plain reference, in fp64: under Triton's interpreter on a CPU, compiled on a GPU.
 
-Set TRITON_INTERPRET *before* triton is imported: a kernel is either interpreted or compiled from its decorator on, so
-this file sets it first, unless there is a GPU. What the interpreter cannot see, that kernels compile and without
+What the interpreter cannot see, that kernels compile and without
 spilling registers, `test_kernels_compile` checks in a process of its own; triton brings its own assembler.
 """
 
-import os
-
 import pytest
 import torch
+from packaging.version import Version
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="triton is not installed (make test-kernels installs it)")
 
 from builders import assert_close, compile_without_a_gpu  # noqa: E402
@@ -29,6 +25,7 @@ from kimi.kimi_int4_triton import (  # noqa: E402
 )
 from kimi.kimi_moe import ExpertMatrices, run_experts  # noqa: E402
 
+pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATHS = [run_experts_decode, run_experts_prefill]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -40,7 +37,7 @@ def interpreter_works():
     if DEVICE == "cpu":
         import numpy
 
-        if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4) and triton.__version__ < "3.7":
+        if Version(numpy.__version__) >= Version("2.4") and Version(triton.__version__) < Version("3.7"):
             pytest.skip(
                 f"triton {triton.__version__} cannot interpret with numpy {numpy.__version__}: needs < 2.4"
             )

@@ -194,7 +194,7 @@ def test_long_prompts_go_by_rows_and_give_the_same(monkeypatch):
         monkeypatch.setattr(kimi_moe, "ROWS_AT_ONCE", 5)
         seen = []
         moe.gate.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
-        assert_close(moe(x), want, 1e-5, "smaller products")
+        assert_close(moe(x), want, 5e-5, "smaller products")
         assert max(seen) == 10 and sum(seen) == 66
     seen.clear()
     moe(x.requires_grad_())

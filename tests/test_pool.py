@@ -235,13 +235,14 @@ def test_a_size_in_words(folder):
 
 
 def test_auto_is_resident_where_all_fit_and_takes_what_is_free_where_not(folder, resident, one, monkeypatch):
+    free = [2**40]
+    monkeypatch.setattr(kimi_pool, "detect_ram", lambda: free.pop(0) if len(free) > 1 else free[0])
     model = Kimi.from_pretrained(folder, expert_cache="auto")
     assert (
         model.expert_pool is None and model.warm_experts(Routing([1, 2], torch.ones(2, EXPERTS).long())) == 0
     )
     assert model.state_dict().keys() == resident.state_dict().keys()
-    config, free = resident.config, [2**40]
-    monkeypatch.setattr(kimi_pool, "detect_ram", lambda: free.pop(0) if len(free) > 1 else free[0])
+    config = resident.config
     kept_back = 2**40 - kimi_pool.free_bytes(torch.device("cpu"), config)
     torch.set_default_dtype(torch.bfloat16)  # as from_pretrained does
     try:
@@ -277,27 +278,30 @@ def test_a_state_dict_and_a_bare_model_have_no_files(folder, resident, one):
 
 
 MEASURE = """
-import json, resource, sys, torch
+import gc, json, sys, torch
 from pathlib import Path
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
 
-def rss(): return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 # The peak of this program: ru_maxrss would also count the process that started it.
 def peak_rss(): return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 size = None if sys.argv[2] == "None" else int(sys.argv[2])
-before = rss()
 model = Kimi.from_pretrained(sys.argv[1], expert_cache=size)
 with torch.no_grad():
     output = model(torch.arange(256)[None], use_cache=False, logits_to_keep=4).logits
 peak = peak_rss()
-print(json.dumps({"before": before, "after": rss(), "peak": peak, "logits": output.double().sum().item()}))
+tensors = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+           for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu"}
+print(json.dumps({"tensors": sum(tensors.values()), "peak": peak, "logits": output.double().sum().item()}))
 """
 
 
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/statm"), reason="reads the resident set from /proc (Linux)"
-)
+def tells_its_peak():
+    status = Path("/proc/self/status")
+    return status.exists() and "VmHWM:" in status.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not tells_its_peak(), reason="reads the peak of the resident set from /proc (Linux)")
 def test_the_resident_set_holds_the_slots_and_not_the_experts(tmp_path):
     """The real width in small: 400 MB of experts through 45 MB of slots, prompt included, with the same logits."""
     sizes = {
@@ -317,10 +321,9 @@ def test_the_resident_set_holds_the_slots_and_not_the_experts(tmp_path):
     all_of_it, pooled = measured.values()
     assert all_of_it["logits"] == pooled["logits"]
     experts = on_disk - 20e6
-    assert all_of_it["peak"] - pooled["peak"] > experts - 45e6 - 80e6, (
-        measured,
-        "slots, and what loading takes",
-    )
+    assert all_of_it["tensors"] - pooled["tensors"] > experts - 55e6, measured  # slots of 45 MB
+    # What the system counts besides is its own affair, but most of 400 MB of experts was never there.
+    assert all_of_it["peak"] - pooled["peak"] > experts / 2, measured
 
 
 # ------------------------------------------------------------------------------------------------ files that go wrong
@@ -363,7 +366,7 @@ def test_a_file_that_changes_is_noticed_before_its_bytes_are_used(own_folder, on
         with open(file, "r+b") as handle:
             handle.seek(2000)
             handle.write(b"\xff" * 64)
-        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 10**10))  # some count in 2 s
     with pytest.raises(
         OSError, match=rf"expert \d+ of layer.*{os.path.basename(file)}: it changed after its header"
     ):

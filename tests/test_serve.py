@@ -413,7 +413,7 @@ BAD = {
         "tools[1].function.parameters must be a JSON schema",
     ),
     "schema without end": (
-        {"tools": [{"type": "function", "function": {"name": "f", "parameters": deep_schema(440)}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": deep_schema(400)}}]},
         400,
         "tools[0]",
     ),
