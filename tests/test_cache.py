@@ -149,7 +149,9 @@ class EightBitLayer(QuantizedLayer):
 
 
 def relative_error(got, want):
-    return float((got - want).norm() / want.norm())
+    """The median over the tokens. One that changes an expert by it gets other logits altogether, and how many
+    do so is a matter of the prompt."""
+    return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).median())
 
 
 def quantized_cache(config, layer_class=EightBitLayer, **settings):
@@ -168,9 +170,8 @@ def test_a_quantized_cache_keeps_logits_close(model, cuts, residual_length):
     assert cache.get_seq_length() == 40
     codes = cache.layers[0]._quantized_keys[0], cache.layers[0]._quantized_values[0]
     assert [tensor.shape[-1] for tensor in codes] == [text.kv_lora_rank, text.qk_rope_head_dim]
-    assert (
-        relative_error(got, want) < 0.05
-    )  # 8 bits for a value; single logits move more where an expert changes
+    # 8 bits for a value. Over 40 prompts it is 0.0055 at most, and with 4 bits 0.015 at least.
+    assert relative_error(got, want) < 0.012
     if cuts:
         assert not got.equal(want), "it was quantised"
 
@@ -188,7 +189,7 @@ def test_generate_with_a_quantized_cache(model):
     )
     with torch.no_grad():
         want = model(out.sequences[:, :-1], use_cache=False).logits[:, 39:]
-    assert relative_error(torch.stack(out.logits, 1), want) < 0.05
+    assert relative_error(torch.stack(out.logits, 1), want) < 0.012  # at most 0.0048 of 40 prompts
     assert cache.get_seq_length() == 51
 
 
@@ -200,7 +201,8 @@ def test_transformers_own_fp8_cache(model):
         want = model(IDS, use_cache=False).logits
     cache = cache_utils.QuantizedCache("fp8", model.config.text_config)
     got = feed(model, cache, IDS, [20, 21])
-    assert relative_error(got, want) < 0.1  # three bits of mantissa
+    # Of the tokens that read what was quantised. Three bits of mantissa: over 40 prompts it is 0.046 at most.
+    assert relative_error(got[:, 20:], want[:, 20:]) < 0.1
     assert cache.layers[0].get_seq_length() == 40
 
 

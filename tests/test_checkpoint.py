@@ -1,7 +1,7 @@
 """Weights from disk to the model and back: every byte, every name, and every way in which a folder can be wrong."""
 
+import itertools
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -82,7 +82,10 @@ def test_what_is_loaded_is_what_is_written(folder):
 
 def test_a_model_loaded_without_further_words_is_causal(folder):
     """Every way to choose the attention reaches all parts: transformers itself decides for the top config only."""
-    model = Kimi.from_pretrained(folder)
+    # In fp32: how many rows an expert gets depends on the last token, and the order of its sums on the rows.
+    # In bf16 another rounding may swap two experts that tie.
+    model = Kimi.from_pretrained(folder).float()
+    want = logits(model)
     for choose in (None, "eager", "sdpa"):
         if choose:
             model.set_attn_implementation(choose)
@@ -90,16 +93,15 @@ def test_a_model_loaded_without_further_words_is_causal(folder):
         assert {part._attn_implementation for part in parts} == {choose or "sdpa"}
         with torch.no_grad():
             other = model(torch.cat((IDS[:, :-1], IDS[:, :1]), dim=1)).logits
-        assert other[:, :-1].equal(logits(model)[:, :-1]) and not other[:, -1].equal(logits(model)[:, -1])
+        difference = (other - want).abs()
+        assert difference[:, :-1].max() < 1e-3 and difference[:, -1].max() > 1
     eager = Kimi.from_pretrained(folder, attn_implementation="eager")
     assert eager.config.text_config._attn_implementation == "eager"
-    # In bf16 another rounding may swap two experts that tie.
-    assert (logits(eager.float()) - logits(model.float())).abs().max() < 1e-3
+    assert (logits(eager.float()) - want).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, "auto", None])
 def test_a_dtype_concerns_neither_packed_weights_nor_the_bias(folder, dtype, caplog):
-    logging.getLogger("transformers").propagate = True
     model = Kimi.from_pretrained(folder, dtype=dtype)
     state, stored = model.state_dict(), tensors_of(folder)
     for name in (BIAS, PACKED, PACKED.replace("packed", "scale"), PACKED.replace("packed", "shape")):
@@ -242,16 +244,15 @@ def test_missing_and_truncated_shards(broken):
 
 def test_a_read_that_fails_names_shard_and_tensor(folder, monkeypatch, capfd):
     """Whichever of the reading threads it happens in; and nothing is printed where stderr is no terminal."""
-    real, calls = kimi_files.read_exactly, []
+    real, calls = kimi_files.read_exactly, itertools.count(1)
 
     def failing(descriptor, begin, view):
-        calls.append(begin)
-        if len(calls) == 100:
+        if next(calls) == 100:  # of one thread alone: each gets a number of its own
             raise OSError(5, "Input/output error")
         real(descriptor, begin, view)
 
     monkeypatch.setattr(kimi_files, "read_exactly", failing)
-    with pytest.raises(OSError, match=r"\S+ could not be read from \S+\.safetensors: .*Input/output error"):
+    with pytest.raises(OSError, match=r"\S+ could not be read from .+\.safetensors: .*Input/output error"):
         Kimi.from_pretrained(folder)
     monkeypatch.undo()
     Kimi.from_pretrained(folder)
@@ -365,23 +366,46 @@ def test_pickle_and_requantizing_are_refused(broken):
 # ----------------------------------------------------------------------------------------------------------- memory
 
 MEASURE = """
-import gc, json, resource, sys
-from pathlib import Path
+import gc, json, mmap, sys, threading, tracemalloc
+import numpy as np
 import torch
+from kimi import kimi_checkpoint, kimi_files
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
 
-def rss(): return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+PIECE, lock, sizes = 2**20, threading.Lock(), []
+real, kimi_checkpoint.PIECE_BYTES = kimi_checkpoint.Shard.read, PIECE
 
-before = rss()
-model = Kimi.from_pretrained(sys.argv[1])
-# The peak of this program: ru_maxrss would also count the process that started it.
-peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 - before
+def memory():
+    "Bytes of all tensors and mappings that lie in RAM, each place once."
+    held = {}
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.Tensor) and one.device.type == "cpu":
+            held[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif type(one) is mmap.mmap:
+            held.setdefault(np.frombuffer(one, np.uint8).ctypes.data, len(one))
+    return sum(held.values())
+
+def read(self, ranges):
+    "While the threads that read have all that they need for it."
+    real(self, ranges)
+    with lock:
+        sizes.append(memory())
+
+kimi_checkpoint.Shard.read = read
+gc.freeze()  # of what is there before, nothing counts
+tracemalloc.start()  # bytes and NumPy's arrays
+model = Kimi.from_pretrained(sys.argv[1], dtype=sys.argv[2])
+python = tracemalloc.get_traced_memory()[1]
+tracemalloc.stop()
 with torch.no_grad():
     model(torch.arange(64).view(1, 64), use_cache=False)
 gc.collect()
-storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.device.type == "cpu"}
-print(json.dumps({"resident": sum(storages.values()), "peak": peak}))
+print(json.dumps({
+    "reads": len(sizes), "peak": max(sizes) + python, "resident": memory(),
+    "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+    # A part of the work ends with the piece that makes it full; reading past the page cache takes a buffer.
+    "pieces": kimi_checkpoint.READERS * (2 * PIECE + kimi_files.PIECE),
+}))
 """
 
 
@@ -399,15 +423,15 @@ def quarter_gigabyte(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/statm"), reason="reads the resident set from /proc (Linux)"
-)
-def test_weights_stay_packed_and_loading_needs_no_second_copy(quarter_gigabyte):
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_weights_stay_packed_and_loading_needs_no_second_copy(quarter_gigabyte, dtype):
     index = json.loads((quarter_gigabyte / "model.safetensors.index.json").read_text(encoding="utf-8"))
     on_disk = index["metadata"]["total_size"]
     assert on_disk >= 200e6 and len(set(index["weight_map"].values())) >= 4
-    command = [sys.executable, "-c", MEASURE, str(quarter_gigabyte)]
+    command = [sys.executable, "-c", MEASURE, str(quarter_gigabyte), dtype]
     measured = json.loads(subprocess.check_output(command, cwd=ROOT, text=True).splitlines()[-1])
-    shard = max(file.stat().st_size for file in quarter_gigabyte.glob("*.safetensors"))
-    assert measured["resident"] <= 1.02 * on_disk, (measured, on_disk)
-    assert measured["peak"] <= on_disk + shard + 10**9, (measured, on_disk)
+    if dtype == "auto":
+        assert measured["resident"] <= 1.02 * on_disk, (measured, on_disk)
+    assert measured["reads"] > 100, measured
+    # Names, headers and modules that are imported on the way take some MB.
+    assert measured["peak"] <= measured["weights"] + measured["pieces"] + 10e6, (measured, on_disk)

@@ -132,6 +132,8 @@ def test_tiles_are_shared_with_pytorch():
 @compiled
 @pytest.mark.parametrize("rows", [3, 70])
 def test_threads_do_not_change_the_result(rows):
+    """To the bit where all products are our own. Without tiles PyTorch multiplies many rows, and its library
+    may cut a sum by the number of threads (oneDNN does on AVX-512 without bf16): each is as good as torch."""
     matrices, (ids, weights) = layer(2048, 512), routed(rows, 8, 4)
     x = torch.randn(rows, 2048).bfloat16()
     before, results = torch.get_num_threads(), []
@@ -141,7 +143,10 @@ def test_threads_do_not_change_the_result(rows):
             results.append(run_experts_cpu(x, ids, weights, *matrices))
     finally:
         torch.set_num_threads(before)
-    assert results[0].equal(results[1]) and results[0].equal(results[2])
+    if rows == 3 or kimi_cpu.has_expert_product():
+        assert results[0].equal(results[1]) and results[0].equal(results[2])
+    for result in results:
+        assert_as_good_as_torch(result, x, ids, weights, matrices)
 
 
 @compiled
@@ -455,8 +460,11 @@ def test_threads_do_not_change_attention():
 
 @compiled
 def test_a_whole_model_decodes_the_same_with_and_without():
+    """Every token takes all experts: of a choice, another rounding may swap two that tie."""
     torch.manual_seed(0)
-    model = Kimi(small_config()).bfloat16().eval()
+    config = small_config()
+    config.text_config.num_experts_per_tok = config.text_config.n_routed_experts
+    model = Kimi(config).bfloat16().eval()
     for name, weight in model.named_parameters():
         if name.endswith("packed"):
             weight.data = torch.randint(-(2**31), 2**31, weight.shape).int()
@@ -470,7 +478,9 @@ def test_a_whole_model_decodes_the_same_with_and_without():
             steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(9, 12)]
         logits.append(torch.cat(steps, 1).float())
     scale = logits[1].abs().max()
-    assert_close(logits[0] / scale, logits[1] / scale, 0.05, "bf16, three layers")
+    assert_close(
+        logits[0] / scale, logits[1] / scale, 0.017, "bf16, three layers: 0.0083 at most of 40 seeds"
+    )
 
 
 IN_A_FRESH_PROCESS = """

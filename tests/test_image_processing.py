@@ -1,14 +1,15 @@
 """Sizes, pixels, frames and chunks against golden values, and the calls that serving engines make.
 
 Sizes, frame indices, timestamps and pixels that need no resampling are exact. Resampled ones are exact with the Pillow
-that made the golden file, and one grey level apart at most on others. Rule numbers in names and docstrings: M of the
-preprocessing, E of what engines rely on.
+that made the golden file (its version, on x86-64), and one grey level apart at most on others. Rule numbers
+in names and docstrings: M of the preprocessing, E of what engines rely on.
 """
 
 import copy
 import hashlib
 import json
 import math
+import platform
 
 import numpy as np
 import pytest
@@ -142,6 +143,12 @@ def test_mean_and_std_are_per_channel():
     assert np.abs(out - expected).max() < 1e-6, "float32 against float64"
 
 
+def resamples_as_golden():
+    """Whether Pillow is the one that made the golden file: for other processors a compiler may join a product
+    and a sum into one rounding, which moves a resampled value by one grey level."""
+    return Image.__version__ == GOLDEN["pillow_version"] and platform.machine() in ("x86_64", "AMD64")
+
+
 @pytest.mark.parametrize("case", GOLDEN["preprocess_cases"], ids=lambda c: f"{c['w']}x{c['h']}x{c['frames']}")
 def test_golden_pixels(processor, case):
     pixels = picture(case["w"], case["h"])
@@ -157,7 +164,7 @@ def test_golden_pixels(processor, case):
     tolerance = 2 / 255 + 1e-6 if case["needs_resampling"] else 0  # one grey level
     for *place, value in case["spots"]:
         assert abs(out["pixel_values"][tuple(place)] - np.float32(value)) <= tolerance
-    if not case["needs_resampling"] or Image.__version__ == GOLDEN["pillow_version"]:
+    if not case["needs_resampling"] or resamples_as_golden():
         digest = hashlib.sha256(out["pixel_values"].astype("<f4").tobytes()).hexdigest()
         assert digest == case["pixel_values_sha256_le_float32"]
         assert hashlib.sha256(np.stack(small).tobytes()).hexdigest() == case["resized_uint8_sha256"]
@@ -270,19 +277,18 @@ def test_only_the_sampled_frames_are_decoded_each_once_and_few_at_a_time(process
     path = write_clip(tmp_path / "clip.mp4", num_frames=60, fps=6)
     chunks = processor.open_chunks(path)
     video = chunks[0]["video_chunk"].video
-    decoded, waiting = [], []
+    decoded, written, waiting = [], [], []
     original, write = type(video).decode, image_processing_kimi.write_frame
 
     def decode(self, index):
         decoded.append(index)
-        waiting.append(len(decoded) - written[0])
+        waiting.append(len(decoded) - len(written))
         return original(self, index)
 
     def write_frame(*args):
         write(*args)
-        written[0] += 1
+        written.append(1)  # which no other thread can undo, unlike an addition
 
-    written = [0]
     monkeypatch.setattr(type(video), "decode", decode)
     monkeypatch.setattr(image_processing_kimi, "write_frame", write_frame)
     processor.preprocess(chunks)
