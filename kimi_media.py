@@ -74,12 +74,20 @@ def describe(source: Any) -> str:
     if isinstance(source, (bytes, bytearray)):
         return f"{len(source)} bytes that begin with {bytes(source[:16])!r}"
     if isinstance(source, (str, os.PathLike)):
-        text = os.fspath(source)
-        end = (
-            "" if text.startswith("data:") else text[-50:]
-        )  # of a path or address it is the name of the file
-        return repr(text if len(text) <= 120 else f"{text[:60]}...{end}")
+        return repr(shortened(os.fsdecode(source)))
     return f"a {type(source).__name__}"
+
+
+def shortened(text: str) -> str:
+    """The beginning of a long path, address or data URI, and of the first two the end, where the name of the file is. The
+    query of an address may hold a signature."""
+    if len(text) <= 120:
+        return text
+    if text[:5].lower() == "data:":
+        return f"{text[:60]}..."
+    if text[:5].lower().startswith("http"):
+        text = re.split(r"[?#]", text, maxsplit=1)[0] + "?"
+    return f"{text[:60]}...{text[60:][-50:]}"
 
 
 def drain(items: list[Any]) -> Iterator[Any]:

@@ -213,7 +213,8 @@ def _trace(
         way, begin = (int(index) for index in np.unravel_index(values.argmax(), values.shape))
         bits = int(taken[way])
         load = sum(spine[begin:end]) + sum(size for bit, size in enumerate(specials) if bits >> bit & 1)
-        held = min(sum(moe[begin:end]), int((budgets[device] - load) // experts)) if end > begin else 0
+        has, free = sum(moe[begin:end]), max(0, budgets[device] - load)
+        held = min(has, int(free // experts)) if experts else has
         names = tuple(name for bit, name in enumerate(SPECIALS) if bits >> bit & 1)
         runs.append(Run(begin, end, held, names))
         mask, end = mask & ~bits, begin

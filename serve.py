@@ -375,7 +375,9 @@ def main() -> None:
             flush=True,
         )
     print(f"Model {name!r}, {engine.max_context} tokens, at http://{args.host}:{args.port}/v1", flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=5)
+    # One worker whatever WEB_CONCURRENCY says: there is one model.
+    settings = {"host": args.host, "port": args.port, "workers": 1}
+    uvicorn.run(app, **settings, log_level="warning", timeout_graceful_shutdown=5)
 
 
 if __name__ == "__main__":

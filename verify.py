@@ -13,6 +13,7 @@ and at the end logits and text. The first that differs is where to look; those a
 """
 
 import argparse
+import ipaddress
 import json
 import sys
 import urllib.error
@@ -335,11 +336,20 @@ def ask_endpoint(url: str, model: str | None, key: str | None) -> list[dict[str,
     return replies
 
 
+def is_this_machine(url: str) -> bool:
+    """Whether the address is one of loopback, or 0.0.0.0, which engines print: a proxy cannot reach either."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return address.is_loopback or address.is_unspecified
+
+
 def fetch(url: str, body: dict[str, Any] | None, key: str | None) -> dict[str, Any]:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = None if body is None else json.dumps(body).encode()
-    loopback = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-    direct = [urllib.request.ProxyHandler({})] if loopback else []  # no proxy knows the way there
+    direct = [urllib.request.ProxyHandler({})] if is_this_machine(url) else []
     opener = urllib.request.build_opener(*direct)
     try:
         with opener.open(urllib.request.Request(url, data, headers), timeout=TIMEOUT) as reply:

@@ -71,16 +71,19 @@ def serving(folder: Path, log: Any = subprocess.DEVNULL) -> Iterator[openai.Open
     line = [sys.executable, str(ROOT / "serve.py"), "--model", str(folder), "--port", str(port)]
     process = subprocess.Popen(line, stdout=log, stderr=log, env={**os.environ, "KIMI_API_KEY": ""})
     try:
-        direct = openai.DefaultHttpxClient(
-            trust_env=False
-        )  # no proxy knows the way to this machine's loopback
+        # A proxy of the environment cannot reach this machine's loopback.
+        direct = openai.DefaultHttpxClient(trust_env=False)
         address = f"http://127.0.0.1:{port}/v1"
         with openai.OpenAI(base_url=address, api_key="none", max_retries=0, http_client=direct) as client:
             wait_for(client, process)
             yield client
     finally:
         process.terminate()
-        process.wait(timeout=STOP_S)
+        try:
+            process.wait(timeout=STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
 
 
 def wait_for(client: openai.OpenAI, process: subprocess.Popen) -> None:

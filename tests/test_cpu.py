@@ -539,6 +539,5 @@ test_cpu.test_rotary()
 test_cpu.test_absorbed_attention()
 print("agreed")
 """
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["agreed"], done.stderr[-3000:]

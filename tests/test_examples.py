@@ -116,7 +116,8 @@ def test_the_four_examples_over_the_endpoint_and_in_transformers(examples, tmp_p
     assert all(check(text) for check, text in zip(run_all.CHECKS, over, strict=True))
 
 
-def test_serve_starts_from_the_command_line_and_ends(examples, tmp_path):
+def test_serve_starts_from_the_command_line_and_ends(examples, tmp_path, monkeypatch):
+    monkeypatch.setenv("WEB_CONCURRENCY", "3")  # as some hosts set it
     folder = write_tiny_checkpoint(tmp_path / "tiny", text=SIZES, num_merges=50)
     log = tmp_path / "log"
     with log.open("w", encoding="utf-8") as file, examples["run_all"].serving(folder, file) as client:

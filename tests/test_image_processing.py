@@ -1,7 +1,7 @@
 """Sizes, pixels, frames and chunks against golden values, and the calls that serving engines make.
 
 Sizes, frame indices, timestamps and pixels that need no resampling are exact. Resampled ones are exact with the Pillow
-that made the golden file (its version, on x86-64), and one grey level apart at most on others. Rule numbers
+that made the golden file (the same version, on x86-64), and one grey level apart at most on others. Rule numbers
 in names and docstrings: M of the preprocessing, E of what engines rely on.
 """
 

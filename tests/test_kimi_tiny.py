@@ -25,7 +25,7 @@ LEAST = {
     "clips": 18,
     "memory": 19,
     "memory in Chinese": 19,
-    "tools": 16,  # 18 are right; one that is near to wrong may be on a CPU that rounds otherwise
+    "tools": 16,  # 18 are right here; a narrow one may turn out wrong on a CPU that rounds otherwise
 }
 
 

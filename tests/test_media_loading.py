@@ -8,6 +8,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import socket
 import ssl
 import threading
@@ -262,11 +263,16 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_long_name_keeps_both_ends():
+def test_a_long_name_keeps_both_ends(tmp_path):
     path = "/a/long/way/" * 20 + "clip.mp4"
     assert describe(path).startswith("'/a/long/way/") and describe(path).endswith("/clip.mp4'")
     assert len(describe(path)) < 120 and describe(path[-100:]) == repr(path[-100:])
-    assert describe("data:image/png;base64," + "A" * 200).endswith("AAA...'")
+    assert describe("DATA:image/png;base64," + "A" * 200).endswith("AAA...'")
+    signed = "https://example.org/" + "long/" * 30 + "clip.mp4?signature=secret" + "0" * 100
+    assert describe(signed).endswith("/clip.mp4?'") and "secret" not in describe(signed)
+    (tmp_path / "a.png").touch()
+    with os.scandir(os.fsencode(tmp_path)) as entries:
+        assert describe(next(entries)).endswith("a.png'"), "a path of bytes"
 
 
 @pytest.fixture(scope="module")

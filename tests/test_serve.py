@@ -656,7 +656,10 @@ def test_two_hundred_clients_are_answered_right_or_told_to_come_back(parrot):
         holding.start()
         wait_until(lambda: engine.num_admitted == 1)
         left = iter(range(200 - 10 - 1, -1, -1))  # refusals to come after each
-        answers = asyncio.run(ask_at_once(port, 200, lambda: next(left) or Prompter.gate.set()))
+        try:
+            answers = asyncio.run(ask_at_once(port, 200, lambda: next(left) or Prompter.gate.set()))
+        finally:
+            Prompter.gate.set()
         holding.join(timeout=HANG_S)
         refused = [answer for answer in answers if isinstance(answer, openai.RateLimitError)]
         assert len(refused) == 190 and engine.num_places == 11
