@@ -615,12 +615,17 @@ def test_two_tiers_give_the_logits_of_resident_experts(folder, resident, one, mo
     model = Kimi.from_pretrained(folder, expert_cache=6 * one)
     near = cache_of(model)
     layout = {name: (tuple(stack.shape[1:]), stack.dtype) for name, stack in near.stacks.items()}
-    near.source = SlotCache(model.expert_pool.files, 12, layout, Worth(64.0, LAYERS))
-    for ids in (FEW, SOME, MANY, FEW):
+    near.source = SlotCache(model.expert_pool.files, 20, layout, Worth(64.0, LAYERS))
+    two_rows = FEW[
+        :1, :2
+    ]  # 8 to 16 experts of the two layers: more than are near, and no more than the second tier has
+    for ids in (FEW, SOME, MANY, FEW, two_rows):
         assert logits(model, ids).equal(logits(resident, ids))
     report = model.memory_report().devices["cpu"]
-    assert report.expert_slots == 18
-    assert near.source.misses < near.misses, "some are found in the second tier"
+    assert report.expert_slots == 26
+    near_before, read_before = near.misses, near.source.misses
+    assert logits(model, two_rows).equal(logits(resident, two_rows))
+    assert near.misses > near_before and near.source.misses == read_before, "all are found in the second tier"
     monkeypatch.setattr(kimi_files, "read_exactly", lambda *args: (_ for _ in ()).throw(OSError("gone")))
     with pytest.raises(OSError, match=r"expert \d+ of layer \d.*gone"):
         logits(model, MANY)
