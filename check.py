@@ -75,7 +75,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{name} is missing")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{name} is not JSON: {error}") from None
     if not isinstance(content, dict):

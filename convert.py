@@ -87,7 +87,7 @@ def read_checkpoint(folder: Path) -> dict[str, Source]:
     sources = read_sources([str(file) for file in files], None, None)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        promised = json.loads(index.read_bytes())["weight_map"]
         lost = [name for name in promised if name not in sources]
         if lost:
             raise FileNotFoundError(
@@ -247,7 +247,7 @@ def dense_config(config: dict[str, Any]) -> None:
 
 
 def int4_config(config: dict[str, Any]) -> None:
-    published = json.loads((Path(__file__).parent / "config.json").read_text(encoding="utf-8"))
+    published = json.loads((Path(__file__).parent / "config.json").read_bytes())
     text_part(config)["quantization_config"] = published["text_config"]["quantization_config"]
 
 
@@ -287,7 +287,7 @@ def convert(
     max_shard_size: int | str = "10GB",
 ) -> Report:
     """Writes `target`, going on where an earlier run stopped. Raises ValueError for a folder of another conversion."""
-    report, config = Report(), json.loads((source / "config.json").read_text(encoding="utf-8"))
+    report, config = Report(), json.loads((source / "config.json").read_bytes())
     change_config(config)
     sources = read_checkpoint(source)
     outputs = plan(sources, report)
@@ -445,7 +445,7 @@ def begin(target: Path, source: Path, config: dict[str, Any], entries: Entries) 
         target.mkdir(parents=True, exist_ok=True)
         replace_text(note, json.dumps(plan, indent=2) + "\n")
         return {}
-    if json.loads(note.read_text(encoding="utf-8")) != plan:
+    if json.loads(note.read_bytes()) != plan:
         raise ValueError(f"{target} holds an unfinished conversion of something else; nothing was written.")
     lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
     finished = dict(reversed(line.split("  ", 1)) for line in lines)
@@ -482,7 +482,7 @@ def replace_text(path: Path, text: str) -> None:
 
 def link_weights(source: Path, target: Path, change_config: Callable[[dict[str, Any]], None]) -> int:
     """A folder with another config whose weights are links to the source's. Returns the number of shards."""
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((source / "config.json").read_bytes())
     change_config(config)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty; nothing was written.")
@@ -531,7 +531,7 @@ def exact_gguf(source: Path, given: Path, target: Path) -> int:
     if target.exists():
         raise ValueError(f"{target} exists already; nothing was written.")
     sources = read_checkpoint(source)
-    config = text_part(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    config = text_part(json.loads((source / "config.json").read_bytes()))
     reader, experts = Reader(sources), config["n_routed_experts"]
     stems = {}
     for name in sources:

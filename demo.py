@@ -43,7 +43,7 @@ def bytes_on_disk(folder: Path) -> int:
     """Tensor bytes of the checkpoint, as its index states them."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"]
+        return json.loads(index.read_bytes())["metadata"]["total_size"]
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

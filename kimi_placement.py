@@ -201,14 +201,14 @@ def _detours(device: int, count: int) -> np.ndarray:
 
 
 def _trace(
-    layers: Chain, budgets: Sequence[int], specials: Sequence[int], history: Sequence[np.ndarray]
+    layers: Chain, budgets: tuple[int, ...], specials: tuple[int, ...], history: Sequence[np.ndarray]
 ) -> tuple[Run, ...]:
     """The way that led to the best value, from the last device to the first."""
     spine, moe, experts = layers
     mask, end, runs = 7, len(spine), []
     for device in reversed(range(len(budgets))):
         taken = TAKEN[mask == AFTER]
-        gains = _gains(layers, budgets[device], tuple(specials))[taken, :, end]
+        gains = _gains(layers, budgets[device], specials)[taken, :, end]
         values = history[device][mask & ~taken] + gains - _detours(device, len(budgets))[taken, None]
         way, begin = (int(index) for index in np.unravel_index(values.argmax(), values.shape))
         bits = int(taken[way])

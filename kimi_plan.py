@@ -606,7 +606,7 @@ def read_config(folder: str) -> KimiK25Config:
     if not path.is_file():
         raise ValueError(f"--config {folder} has no config.json.")
     try:
-        return KimiK25Config.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return KimiK25Config.from_dict(json.loads(path.read_bytes()))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}).") from None
 

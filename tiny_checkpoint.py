@@ -60,7 +60,7 @@ LARGE = 400_000  # elements of a tensor that is drawn fast
 
 def real_width(num_layers: int, num_experts: int) -> dict[str, dict[str, Any]]:
     """`text` and `vision` for write_tiny_checkpoint: the published sizes, the first `num_layers` layers."""
-    config = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((ROOT / "config.json").read_bytes())
     text = {name: config["text_config"][name] for name in (*TINY_TEXT, "vocab_size")}
     text |= {"num_hidden_layers": num_layers, "n_routed_experts": num_experts}
     return {"text": text, "vision": {name: config["vision_config"][name] for name in TINY_VISION}}
@@ -91,7 +91,7 @@ def write_tokenizer(folder: Path, num_merges: int = 600, text: str = SAMPLE, cop
     reserved id."""
     folder.mkdir(parents=True, exist_ok=True)
     base = write_tiny_tiktoken(folder / "tiktoken.model", num_merges=num_merges, text=text)
-    config = json.loads((ROOT / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = json.loads((ROOT / "tokenizer_config.json").read_bytes())
     tokens = config["added_tokens_decoder"].items()
     config["added_tokens_decoder"] = {str(int(i) + base - PUBLISHED_BASE): token for i, token in tokens}
     write_json(folder / "tokenizer_config.json", config)
@@ -121,7 +121,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def write_model_configs(folder: Path, base: int, text: dict[str, Any], vision: dict[str, Any]) -> None:
     """config.json and generation_config.json with small sizes, and every token id moved from the published base to `base`."""
     shift = base - PUBLISHED_BASE
-    config = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((ROOT / "config.json").read_bytes())
     config["text_config"].update({"vocab_size": base + 256, **TINY_TEXT, **text})
     sizes = {**TINY_VISION, **vision}
     # Engines that read the sizes without the prefix must find the same ones.
@@ -137,7 +137,7 @@ def write_model_configs(folder: Path, base: int, text: dict[str, Any], vision: d
     config["projection_hidden_size"] = sizes["vt_hidden_size"]
     offsets = {"vision_start_token_id": 18, "vision_end_token_id": 20, "image_token_id": 21}
     config.update({name: base + offset for name, offset in offsets.items()})
-    generation = json.loads((ROOT / "generation_config.json").read_text(encoding="utf-8"))
+    generation = json.loads((ROOT / "generation_config.json").read_bytes())
     for settings in (config, config["text_config"], generation):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "media_placeholder_token_id"):
             if name in settings:
@@ -149,7 +149,7 @@ def write_model_configs(folder: Path, base: int, text: dict[str, Any], vision: d
 
 def write_random_weights(folder: Path, seed: int, max_shard_size: int | str) -> None:
     """Shards for the config.json that lies in `folder`."""
-    config = KimiK25Config(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = KimiK25Config(**json.loads((folder / "config.json").read_bytes()))
     with torch.device("meta"):
         model = KimiK25ForConditionalGeneration(config).bfloat16()
     slots = model_slots(model)

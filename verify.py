@@ -230,7 +230,7 @@ def record(folder: Path, target: Path = REFERENCE) -> None:
 
 
 def read_reference(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    texts = json.loads((folder / "stages.json").read_text(encoding="utf-8"))
+    texts = json.loads((folder / "stages.json").read_bytes())
     return load_file(folder / "stages.safetensors"), texts
 
 

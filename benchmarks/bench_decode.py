@@ -43,11 +43,7 @@ STEPS = 15
 
 
 def resident_gb() -> float:
-    return (
-        int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-        * os.sysconf("SC_PAGE_SIZE")
-        / 1e9
-    )
+    return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
 def reset_peak() -> None:

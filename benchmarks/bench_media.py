@@ -72,9 +72,7 @@ def write_clip(path: Path, num_seconds: int) -> None:
 
 
 def kimi_way(case: str, path: str, decoder: str) -> Callable[[], tuple[int, int]]:
-    processor = KimiK25VisionProcessor(
-        **json.loads((ROOT / "preprocessor_config.json").read_text(encoding="utf-8"))
-    )
+    processor = KimiK25VisionProcessor(**json.loads((ROOT / "preprocessor_config.json").read_bytes()))
 
     def run() -> tuple[int, int]:
         medias = [{"type": "image", "image": path}] if case == "photo" else processor.open_chunks(path)

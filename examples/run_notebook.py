@@ -41,7 +41,7 @@ def run_cells(cells: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     path = Path(sys.argv[1]).resolve()
-    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook = json.loads(path.read_bytes())
     os.chdir(path.parent)
     run_cells(notebook["cells"])
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -75,7 +75,7 @@ def load_parrot(folder):
     """A model in fp32 that follows scripts, and its processor. Writes the checkpoint into `folder` / "parrot"."""
     folder = write_tiny_checkpoint(folder / "parrot", text=SIZES, num_merges=300)
     tokenizer = TikTokenTokenizer.from_pretrained(folder)
-    settings = json.loads((ROOT / "preprocessor_config.json").read_text(encoding="utf-8"))
+    settings = json.loads((ROOT / "preprocessor_config.json").read_bytes())
     model = KimiK25ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     original = type(model).generate
 

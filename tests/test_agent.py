@@ -12,7 +12,7 @@ from kimi.tiny_checkpoint import write_tokenizer
 from kimi.tokenization_kimi import NAMED_TOKENS, TikTokenTokenizer
 
 MAJOR = int(transformers.__version__.split(".")[0])
-OUTPUTS = json.loads((DATA / "output_golden.json").read_text(encoding="utf-8"))
+OUTPUTS = json.loads((DATA / "output_golden.json").read_bytes())
 SECTION = "<|tool_calls_section_begin|>{}<|tool_calls_section_end|>"
 CALL = "<|tool_call_begin|>{}<|tool_call_argument_begin|>{}<|tool_call_end|>"
 

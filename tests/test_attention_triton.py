@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from packaging.version import Version
 
 triton = pytest.importorskip("triton", reason="triton is not installed (make test-kernels installs it)")
 
-from builders import assert_close, compile_without_a_gpu  # noqa: E402
+from builders import assert_close, compile_without_a_gpu, skip_unless_interpretable  # noqa: E402
 from kimi import kimi_attention_triton  # noqa: E402
 from kimi.kimi_attention import latent_attention, readable_mask  # noqa: E402
 from kimi.kimi_attention_triton import AttentionBlocks, latent_attention_triton, num_splits  # noqa: E402
@@ -22,17 +21,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 @pytest.fixture(autouse=True)
 def interpreter_works():
-    """Triton 3.6's interpreter asks numpy for int(array of one element), which numpy 2.4 refuses."""
     if DEVICE == "cpu":
-        import numpy
-
-        if not kimi_attention_triton.INTERPRETED:
-            pytest.skip("kernels are interpreted when they are chosen: pytest -m kernels")
-
-        if Version(numpy.__version__) >= Version("2.4") and Version(triton.__version__) < Version("3.7"):
-            pytest.skip(
-                f"triton {triton.__version__} cannot interpret with numpy {numpy.__version__}: needs < 2.4"
-            )
+        skip_unless_interpretable(kimi_attention_triton)
 
 
 def tensors(batch=2, heads=3, new=1, total=50, width=32, rope=16, dtype=torch.float32, seed=0):

@@ -14,7 +14,7 @@ from kimi.kimi_messages import normalize_messages, normalize_tool_ids
 from kimi.tiny_checkpoint import write_tokenizer
 from kimi.tokenization_kimi import TikTokenTokenizer, deep_sort_dict
 
-GOLDEN = json.loads((DATA / "chat_golden.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((DATA / "chat_golden.json").read_bytes())
 DECLARE = "<|im_system|>tool_declare<|im_middle|>"
 GENERATION = "<|im_assistant|>assistant<|im_middle|><think>"
 MAJOR = int(transformers.__version__.split(".")[0])
@@ -53,9 +53,8 @@ def render(trim_blocks=True, **variables):
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     variables = {"add_generation_prompt": True, **variables}
-    return environment.from_string((ROOT / "chat_template.jinja").read_text(encoding="utf-8")).render(
-        **variables
-    )
+    template = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(**variables)
 
 
 def user(content="q", **fields):

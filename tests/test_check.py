@@ -31,7 +31,7 @@ def test_json_says_the_same(good, capsys):
 
 
 def edit(path, change):
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_bytes())
     change(content)
     path.write_text(json.dumps(content), encoding="utf-8")
 

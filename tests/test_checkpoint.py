@@ -38,12 +38,7 @@ def tensors_of(folder):
 
 
 def file_of(folder, name):
-    return (
-        folder
-        / json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"][
-            name
-        ]
-    )
+    return folder / json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"][name]
 
 
 def edit_tensor(folder, name, new):
@@ -55,7 +50,7 @@ def edit_tensor(folder, name, new):
 
 
 def edit_config(folder, **text):
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_bytes())
     config["text_config"].update(text)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
@@ -73,7 +68,7 @@ def test_what_is_loaded_is_what_is_written(folder):
     stored, state = tensors_of(folder), model.state_dict()
     assert len(list(folder.glob("*.safetensors"))) > 2
     assert list(state) == list(
-        json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))["weight_map"]
+        json.loads((folder / "model.safetensors.index.json").read_bytes())["weight_map"]
     )
     assert all(state[name].dtype == t.dtype and state[name].equal(t) for name, t in stored.items())
     assert not model.training and model.dtype == torch.bfloat16
@@ -178,7 +173,7 @@ def test_saved_is_loaded_byte_for_byte(folder, tmp_path, size):
     stored, saved = tensors_of(folder), tensors_of(tmp_path)
     assert saved.keys() == stored.keys()
     assert all(t.dtype == saved[name].dtype and t.equal(saved[name]) for name, t in stored.items())
-    before, after = (json.loads((f / "config.json").read_text(encoding="utf-8")) for f in (folder, tmp_path))
+    before, after = (json.loads((f / "config.json").read_bytes()) for f in (folder, tmp_path))
     assert after["architectures"] == before["architectures"] == ["KimiK25ForConditionalGeneration"]
     assert after["text_config"]["quantization_config"] == before["text_config"]["quantization_config"]
     assert "quantization_config" not in after and "expert_quantization" not in after["text_config"]
@@ -425,7 +420,7 @@ def quarter_gigabyte(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_weights_stay_packed_and_loading_needs_no_second_copy(quarter_gigabyte, dtype):
-    index = json.loads((quarter_gigabyte / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    index = json.loads((quarter_gigabyte / "model.safetensors.index.json").read_bytes())
     on_disk = index["metadata"]["total_size"]
     assert on_disk >= 200e6 and len(set(index["weight_map"].values())) >= 4
     command = [sys.executable, "-c", MEASURE, str(quarter_gigabyte), dtype]

@@ -14,7 +14,7 @@ from kimi.configuration_kimi import (
     KimiK25VisionConfig,
 )
 
-FILE = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
+FILE = json.loads((ROOT / "config.json").read_bytes())
 YARN = {"factor": 64.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
 YARN.update(mscale=1.0, mscale_all_dim=1.0)
 
@@ -43,7 +43,7 @@ def test_the_file_is_what_the_defaults_say():
 def test_save_writes_every_field_back_where_it_was(tmp_path):
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
     config.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    saved = json.loads((tmp_path / "config.json").read_bytes())
     new = {"transformers_version", "text_config.latent_norm_eps", "vision_config.model_type"}
     new.add("vision_config._attn_implementation")  # a wish for flash-attn that is not passed on
     assert differences(FILE, saved) == new
@@ -209,6 +209,6 @@ def test_top_level_contradictions_are_named(fields, sentence):
 
 
 def test_generation_config_is_the_model_cards():
-    generation = json.loads((ROOT / "generation_config.json").read_text(encoding="utf-8"))
+    generation = json.loads((ROOT / "generation_config.json").read_bytes())
     assert generation["eos_token_id"] == [163586, 163585] and generation["pad_token_id"] == 163839
     assert generation["do_sample"] and generation["temperature"] == 1.0 and generation["top_p"] == 0.95

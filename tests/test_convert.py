@@ -54,12 +54,10 @@ def test_int4_to_bf16_and_back_is_bit_for_bit(source, tmp_path):
     assert want.keys() == got.keys()
     for name in want:
         assert want[name].dtype == got[name].dtype and torch.equal(want[name], got[name]), name
-    config = json.loads((back / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((back / "config.json").read_bytes())
     assert (
         config["text_config"]["quantization_config"]
-        == json.loads((source / "config.json").read_text(encoding="utf-8"))["text_config"][
-            "quantization_config"
-        ]
+        == json.loads((source / "config.json").read_bytes())["text_config"]["quantization_config"]
     )
 
 
@@ -69,10 +67,7 @@ def test_bf16_has_the_published_names_and_the_same_logits(source, tmp_path):
     names = tensors_of(dense)
     assert "language_model.model.layers.1.mlp.experts.0.gate_proj.weight" in names
     assert not any(name.endswith(("_packed", "_scale", "_shape")) for name in names)
-    assert (
-        "quantization_config"
-        not in json.loads((dense / "config.json").read_text(encoding="utf-8"))["text_config"]
-    )
+    assert "quantization_config" not in json.loads((dense / "config.json").read_bytes())["text_config"]
     ids = torch.arange(12).unsqueeze(0)
     models = [
         KimiK25ForConditionalGeneration.from_pretrained(f, int4_backend="reference") for f in (source, dense)
@@ -106,7 +101,7 @@ def test_weights_that_never_were_int4_are_rounded_and_counted():
 def test_a_subset_generates_like_the_layers_it_kept(source, tmp_path):
     small = tmp_path / "small"
     assert run("subset", source, small, "--layers", 2, "--experts", 8) == 0
-    config = json.loads((small / "config.json").read_text(encoding="utf-8"))["text_config"]
+    config = json.loads((small / "config.json").read_bytes())["text_config"]
     assert (config["num_hidden_layers"], config["n_routed_experts"]) == (2, 8)
     model = KimiK25ForConditionalGeneration.from_pretrained(small)
     whole = tensors_of(source)
@@ -198,7 +193,7 @@ def test_converting_what_is_converted_is_refused(source, tmp_path, capsys):
 
 def test_mlx_links_the_weights_and_names_the_tower_without_prefix(source, tmp_path):
     assert run("mlx", source, tmp_path / "mlx") == 0
-    vision = json.loads((tmp_path / "mlx" / "config.json").read_text(encoding="utf-8"))["vision_config"]
+    vision = json.loads((tmp_path / "mlx" / "config.json").read_bytes())["vision_config"]
     assert (
         vision["hidden_size"] == vision["vt_hidden_size"]
         and vision["depth"] == vision["vt_num_hidden_layers"]

@@ -517,7 +517,21 @@ def test_the_library_is_compiled_once_into_a_private_folder(tmp_path):
     changed = built.stat().st_mtime_ns
     assert run_fresh(tmp_path) == ["None", "[[64.0, 64.0]]"] and built.stat().st_mtime_ns == changed
     (tmp_path / "kimi-k2.7-code").chmod(0o777)
-    assert run_fresh(tmp_path) == ["None", "[[64.0, 64.0]]"], "a folder that others can write to is not used"
+    (tmp_path / "temporary").mkdir()
+    again = run_fresh(tmp_path, TMPDIR=str(tmp_path / "temporary"))
+    assert again == ["None", "[[64.0, 64.0]]"], "a folder that others can write to is not used"
+    assert built.stat().st_mtime_ns == changed and not any((tmp_path / "temporary").iterdir()), (
+        "nothing is left"
+    )
+
+
+def test_a_user_without_a_home_has_a_folder_for_the_process(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(kimi_cpu.Path, "home", home)
+    assert kimi_cpu.cache_folder().name.startswith("kimi_cpu_")
 
 
 @compiled

@@ -26,7 +26,7 @@ EXPERT = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.w
 
 
 def read(name: str, folder: Path = ROOT) -> dict:
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+    return json.loads((folder / name).read_bytes())
 
 
 @pytest.fixture(scope="module", params=["published", "kimi-tiny"])

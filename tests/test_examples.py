@@ -10,14 +10,14 @@ from parrot import SIZES, Prompter, load_parrot, raw_completion
 from PIL import Image
 from test_serve import NAME, running, url
 
-from conftest import ROOT
+from conftest import HANG_S, ROOT
 from kimi.tiny_checkpoint import write_tiny_checkpoint
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
 
 def code_cells(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(path.read_bytes())["cells"]
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
@@ -118,6 +118,8 @@ def test_the_four_examples_over_the_endpoint_and_in_transformers(examples, tmp_p
 
 def test_serve_starts_from_the_command_line_and_ends(examples, tmp_path, monkeypatch):
     monkeypatch.setenv("WEB_CONCURRENCY", "3")  # as some hosts set it
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setattr(examples["run_all"], "START_S", HANG_S)
     folder = write_tiny_checkpoint(tmp_path / "tiny", text=SIZES, num_merges=50)
     log = tmp_path / "log"
     with log.open("w", encoding="utf-8") as file, examples["run_all"].serving(folder, file) as client:

@@ -23,8 +23,8 @@ from kimi import image_processing_kimi
 from kimi.image_processing_kimi import KimiK25VisionProcessor, MediaSettings, fit_size, write_patches
 from kimi.kimi_video import format_timestamp, sample_frames
 
-GOLDEN = json.loads((DATA / "media_golden.json").read_text(encoding="utf-8"))
-PUBLISHED = json.loads((ROOT / "preprocessor_config.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((DATA / "media_golden.json").read_bytes())
+PUBLISHED = json.loads((ROOT / "preprocessor_config.json").read_bytes())
 IMAGE_LIMIT, FRAME_LIMIT = 16384, 4096
 MAX_TOKENS = {IMAGE_LIMIT: 4464, FRAME_LIMIT: 1338}
 

@@ -8,7 +8,7 @@ import torch
 from conftest import DATA
 from kimi.kimi_int4 import dequantize_int4, int4_linear, pack_int4, quantize_int4, unpack_int4
 
-GOLDEN = json.loads((DATA / "int4_golden.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((DATA / "int4_golden.json").read_bytes())
 
 
 def bits(tensor: torch.Tensor) -> list:

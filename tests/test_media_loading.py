@@ -39,7 +39,7 @@ from kimi.kimi_media import (
 )
 from kimi.kimi_video import ChunkFrames, choose_decoder, open_video
 
-GOLDEN = json.loads((DATA / "media_golden.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((DATA / "media_golden.json").read_bytes())
 PICTURE = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)  # (H, W, 3)
 
 

@@ -38,7 +38,7 @@ from kimi.kimi_output import (
 from kimi.tiny_checkpoint import write_tokenizer
 from kimi.tokenization_kimi import TikTokenTokenizer
 
-GOLDEN = json.loads((DATA / "output_golden.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((DATA / "output_golden.json").read_bytes())
 OPEN_PROMPT = "<|im_assistant|>assistant<|im_middle|><think>"
 
 # Markers, halves of markers, ids of every shape, blanks that are trimmed, text of several bytes.

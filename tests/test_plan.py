@@ -23,7 +23,7 @@ from kimi.configuration_kimi import KimiK25Config
 from kimi.kimi_cache import new_cache
 from kimi.kimi_checkpoint import model_slots
 from kimi.kimi_machine import GIB, MIB, Gpu, Machine, gpu_of, parse_gpus, parse_size
-from kimi.kimi_placement import OUTSIDES, Job, _place
+from kimi.kimi_placement import OUTSIDES, Chain, Job, Run, _place
 from kimi.kimi_plan import Plan, main, plan
 from kimi.kimi_sizes import WEIGHT_KINDS, text_workspace_bytes, vision_workspace_bytes, weight_bytes
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
@@ -358,6 +358,11 @@ def count_searches(gpus: str, ram_bytes: int) -> int:
 def test_planning_takes_few_searches(gpus):
     """However many devices there are: about twenty find the least of a size to 1 MiB."""
     assert 1 <= count_searches(gpus, 64 * GIB) <= 50
+
+
+def test_experts_without_bytes_take_no_room():
+    layers = Chain(spine=(10, 10, 10), moe=(False, True, True), experts=0)
+    assert _place(layers, (30,), (0, 0, 0)) == (Run(0, 3, 2, ("embed", "vision", "head")),)
 
 
 def test_more_ram_beside_the_same_gpus_takes_no_new_search():

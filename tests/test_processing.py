@@ -37,7 +37,7 @@ TOOLS = [
 def processor(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processor")
     write_tokenizer(folder)
-    settings = json.loads((ROOT / "preprocessor_config.json").read_text(encoding="utf-8"))
+    settings = json.loads((ROOT / "preprocessor_config.json").read_bytes())
     return KimiK25Processor(KimiK25VisionProcessor(**settings), TikTokenTokenizer.from_pretrained(folder))
 
 
@@ -434,10 +434,7 @@ def test_the_published_helpers(processor, clip):
     assert [item["type"] for item in items] == ["video_chunk", "video_chunk", "image"]
     assert prompts == ["".join(item["prompt"] for item in items[:2])]
     assert processor.update_raw_text(f"a{VIDEO}b", prompts) == f"a{prompts[0]}b"
-    assert (
-        processor.video_placeholder
-        == json.loads((ROOT / "config.json").read_text(encoding="utf-8"))["video_placeholder"]
-    )
+    assert processor.video_placeholder == json.loads((ROOT / "config.json").read_bytes())["video_placeholder"]
     ids = processor.tokenizer.encode("hello")
     assert processor.decode(ids) == "hello" and processor.batch_decode([ids, ids]) == ["hello", "hello"]
 
@@ -619,11 +616,11 @@ def test_auto_classes_saving_and_the_pipeline(tmp_path):
     done = subprocess.run(command, env=env, cwd=cache, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1])["role"] == "assistant"
-    settings = json.loads((tmp_path / "saved" / "preprocessor_config.json").read_text(encoding="utf-8"))
-    published = json.loads((ROOT / "preprocessor_config.json").read_text(encoding="utf-8"))
+    settings = json.loads((tmp_path / "saved" / "preprocessor_config.json").read_bytes())
+    published = json.loads((ROOT / "preprocessor_config.json").read_bytes())
     assert settings["media_proc_cfg"] == {**published["media_proc_cfg"], "in_patch_limit": 8192}
     assert settings["auto_map"] == published["auto_map"]
-    beside = json.loads((tmp_path / "saved" / "processor_config.json").read_text(encoding="utf-8"))
+    beside = json.loads((tmp_path / "saved" / "processor_config.json").read_bytes())
     assert "image_processor" not in beside and beside["processor_class"] == "KimiK25Processor"
     for name in ("processing_kimi", "image_processing_kimi", "kimi_media", "kimi_video", "tokenization_kimi"):
         assert (tmp_path / "saved" / f"{name}.py").is_file()

@@ -77,8 +77,8 @@ def test_every_door_from_a_folder_and_again_from_what_it_saved(folder, tmp_path)
     needed = {f"{name}.py" for door in used for name in reachable(door)}
     assert needed <= saved and needed <= closure
     assert {"tiktoken.model", "chat_template.jinja", "tokenizer_config.json", "config.json"} <= saved
-    config = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
-    assert config["auto_map"] == json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    config = json.loads((tmp_path / "saved" / "config.json").read_bytes())
+    assert config["auto_map"] == json.loads((folder / "config.json").read_bytes())["auto_map"]
 
 
 # ------------------------------------------------------------------------------------- what the loader can cope with
@@ -153,23 +153,34 @@ def test_config_json_is_complete_and_unchanged_by_the_config_class(folder):
             elif got.get(key, "nothing") != value:
                 yield at, value, got.get(key)
 
-    raw = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
+    raw = json.loads((ROOT / "config.json").read_bytes())
     again = json.loads(KimiK25Config.from_pretrained(ROOT).to_json_string(use_diff=True))
     # The published file asks for a package that most people lack; saving does not ask for it.
     assert [at for at, _, _ in missing(raw, again)] == ["vision_config._attn_implementation"]
 
 
-def test_nothing_speaks_of_this_machine():
-    read = 0
+def files_of_the_repository(*suffixes):
+    """Without what else may lie in a checkout: environments, caches."""
     for path in ROOT.rglob("*"):
         folders = path.relative_to(ROOT).parts[:-1]
         foreign = any(name.startswith((".", "__")) or "venv" in name for name in folders)
-        if (
-            path.suffix in {".py", ".md", ".json", ".toml", ".jinja", ".txt"}
-            and path.is_file()
-            and not foreign
-        ):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            assert "/work/" not in text or path == Path(__file__), path
-            read += 1
-    assert read > 100
+        if path.suffix in suffixes and path.is_file() and not foreign:
+            yield path
+
+
+def test_nothing_speaks_of_this_machine():
+    paths = list(files_of_the_repository(".py", ".md", ".json", ".toml", ".jinja", ".txt"))
+    assert len(paths) > 100
+    for path in paths:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        assert "/work/" not in text or path == Path(__file__), path
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    """JSON may also be read as bytes, which json.loads takes for UTF-8."""
+    for path in files_of_the_repository(".py"):
+        for call in ast.walk(ast.parse(path.read_bytes())):
+            name = getattr(getattr(call, "func", None), "attr", None)
+            if isinstance(call, ast.Call) and name in ("read_text", "write_text"):
+                named = any(keyword.arg == "encoding" for keyword in call.keywords)
+                assert named, f"{path.name}:{call.lineno} {ast.unparse(call)}"

@@ -141,7 +141,7 @@ def test_published_size(tmp_path):
 
 
 def test_tokenizer_config_names_the_published_tokens():
-    config = json.loads((ROOT / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = json.loads((ROOT / "tokenizer_config.json").read_bytes())
     tokens = {int(i) - PUBLISHED_BASE: token for i, token in config["added_tokens_decoder"].items()}
     assert {offset: token["content"] for offset, token in tokens.items()} == NAMED_TOKENS
     assert {token["content"] for token in tokens.values() if not token["special"]} == KEPT
@@ -499,7 +499,7 @@ def test_save_and_reload(fresh, folder, tmp_path):
     assert (tmp_path / "tiktoken.model").read_bytes() == (folder / "tiktoken.model").read_bytes()
     assert (tmp_path / "tokenization_kimi.py").read_bytes() == (ROOT / "tokenization_kimi.py").read_bytes()
     assert (tmp_path / "chat_template.jinja").read_bytes() == (ROOT / "chat_template.jinja").read_bytes()
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_bytes())
     assert config["auto_map"]["AutoTokenizer"][0] == "tokenization_kimi.TikTokenTokenizer"
     fresh.save_vocabulary(str(tmp_path))
     assert TikTokenTokenizer.from_pretrained(tmp_path).save_vocabulary(str(tmp_path)), "saving onto itself"
@@ -514,7 +514,7 @@ def test_save_and_reload(fresh, folder, tmp_path):
     ],
 )
 def test_configs_saved_by_either_major(folder, tmp_path, form):
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "tokenizer_config.json").read_bytes())
     del config["additional_special_tokens"]
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, **form}), encoding="utf-8")

@@ -21,8 +21,8 @@ from kimi.kimi_tools import (
     render_tool_declaration,
 )
 
-GOLDEN = json.loads((DATA / "tool_declaration_golden.json").read_text(encoding="utf-8"))
-CHATS = json.loads((DATA / "chat_golden.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((DATA / "tool_declaration_golden.json").read_bytes())
+CHATS = json.loads((DATA / "chat_golden.json").read_bytes())
 DECLARE, END = "<|im_system|>tool_declare<|im_middle|>", "<|im_end|>"
 
 

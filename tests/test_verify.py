@@ -53,7 +53,7 @@ def in_file(name, old, new):
 
 def in_config(part, **values):
     def plant(folder):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_bytes())
         config[part].update(values)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
@@ -202,7 +202,7 @@ class Endpoint(BaseHTTPRequestHandler):
 @pytest.mark.parametrize("fault", [None, "content", "prompt_tokens"])
 def test_an_endpoint_is_asked(sound, monkeypatch, fault):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which nothing on this machine lies behind
-    answers = json.loads((sound[1] / "stages.json").read_text(encoding="utf-8"))["answers"]
+    answers = json.loads((sound[1] / "stages.json").read_bytes())["answers"]
     Endpoint.replies = [dict(answer) for answer in answers]
     if fault:
         Endpoint.replies[2][fault] = 7 if fault == "prompt_tokens" else "7"
@@ -216,6 +216,17 @@ def test_an_endpoint_is_asked(sound, monkeypatch, fault):
         server.server_close()
     wrong = [one.stage for one in verdicts if not one.ok]
     assert wrong == ([] if fault is None else [f"answer {answers[2]['question'][:24]!r} {fault}"])
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        *((host, True) for host in ("localhost", "127.0.0.1", "127.9.9.9", "[::1]", "0.0.0.0")),
+        *((host, False) for host in ("10.0.0.1", "localhost.example", "127.0.0.1.example")),
+    ],
+)
+def test_which_addresses_are_asked_past_a_proxy(host, here):
+    assert verify.is_this_machine(f"http://{host}:8000/v1") == here
 
 
 def test_what_cannot_be_asked_is_said(capsys):

@@ -30,7 +30,7 @@ from kimi.kimi_vision import (
     temporal_embedding,
 )
 
-GOLDEN = json.loads((DATA / "vision_golden.json").read_text(encoding="utf-8"))["vision"]
+GOLDEN = json.loads((DATA / "vision_golden.json").read_bytes())["vision"]
 TOLERANCE = GOLDEN["tolerance"]["fp32_abs"]  # the golden file's own: float32 against float64
 SET_1 = [(GOLDEN["weight_rule"]["amp_base_rules_first_match_wins"], case) for case in GOLDEN["cases"]]
 SET_2 = [

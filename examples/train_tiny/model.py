@@ -94,7 +94,7 @@ class FakeInt4(nn.Module):
 
 def build_for_training(folder: Path) -> KimiK25ForConditionalGeneration:
     """The model with float32 weights, whose experts compute with int4 values."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / "config.json").read_bytes())
     settings["text_config"].pop("quantization_config")
     config = KimiK25Config(**settings, attn_implementation="sdpa")
     model = KimiK25ForConditionalGeneration(config).float()
@@ -141,7 +141,7 @@ def load_published(model: KimiK25ForConditionalGeneration, folder: Path) -> None
 
 def export(model: KimiK25ForConditionalGeneration, folder: Path) -> None:
     """Writes the weights of a model built by `build_for_training` in the published layout: bf16, and int4 experts."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / "config.json").read_bytes())
     published = KimiK25ForConditionalGeneration(KimiK25Config(**settings)).bfloat16()
     with torch.no_grad():
         for parameter, weight in other_weights(published, model):
