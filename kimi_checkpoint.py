@@ -34,8 +34,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .kimi_experts import Experts
 from .kimi_files import Range, Shard, ShardWriter, file_stamp
-from .kimi_moe import Experts
 from .kimi_pool import PooledExperts
 from .kimi_slots import READERS, ExpertFiles, Part, bytes_of, empty_for_weights, landing
 

@@ -23,6 +23,8 @@ import torch
 from torch import nn
 
 from .configuration_kimi import KimiK25Config, KimiK25TextConfig
+from .kimi_backends import EXPERT_ROWS, faster_experts, is_recorded, runs_by_expert
+from .kimi_experts import ExpertMatrices, Experts, run_experts
 from .kimi_machine import (
     CUDA_CONTEXT_BYTES,
     FRAGMENTATION_SHARE,
@@ -30,15 +32,6 @@ from .kimi_machine import (
     detect_gpus,
     detect_ram,
     parse_size,
-)
-from .kimi_moe import (
-    FEW_ROWS,
-    ExpertMatrices,
-    Experts,
-    MoE,
-    choose_backend,
-    run_experts,
-    run_experts_cpu,
 )
 from .kimi_sizes import cache_bytes_per_token, expert_bytes, text_workspace_bytes, weight_bytes
 from .kimi_slots import READERS, ExpertFiles, Part, ReadsExperts, SlotCache, Visit, Worth
@@ -93,11 +86,12 @@ class PooledExperts(Experts):
     @torch.compiler.disable
     def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """As Experts.forward. Gradients are refused when they are asked for: what they need is no longer there."""
-        cache, recorded = self.pool.cache_of(self.layer), torch.is_grad_enabled() and x.requires_grad
+        cache, recorded = self.pool.cache_of(self.layer), is_recorded(x)
         with self.pool.lock:
             visit = self.pool.visit(self, topk_ids, counts=True)
             inputs = [tensor.to(cache.device) for tensor in (x, topk_ids, topk_weights)]
-            backend = choose_backend(self.config.int4_backend, inputs[0], self.matrices_in(visit)[0])
+            gate = self.matrices_in(visit)[0]
+            backend = faster_experts(self.config.int4_backend, inputs[0], gate, run_experts)
             with torch.no_grad():
                 output = run_pooled(backend, visit, self, *inputs).to(x.device)
         return NoGradient.apply(output, x, topk_weights) if recorded else output
@@ -147,21 +141,22 @@ class NoGradient(torch.autograd.Function):
 
 
 def run_pooled(
-    backend: Callable,
+    backend: Callable | None,
     visit: Visit,
     experts: PooledExperts,
     x: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """What `Experts.forward` does, with the same backend. Few rows run in groups whose experts fit the slots together;
+    """What `Experts.forward` does, with the same backend (None: the plain code). Few rows run in groups whose experts fit the slots together;
     many rows by expert, in ascending order as with resident ones, each when it is there."""
-    if backend is run_experts or (backend is run_experts_cpu and len(x) > FEW_ROWS):
-        return backend(x, topk_ids, topk_weights, *experts.matrices_in(visit, lazy=True))
+    run = backend or run_experts
+    if runs_by_expert(backend, len(x)):
+        return run(x, topk_ids, topk_weights, *experts.matrices_in(visit, lazy=True))
     plain = experts.matrices_in(visit)
-    if len(x) <= FEW_ROWS or len(visit.experts) <= visit.cache.capacity:
+    if len(x) <= EXPERT_ROWS or len(visit.experts) <= visit.cache.capacity:
         outputs = [
-            backend(x[rows], visit.hold(group)[topk_ids[rows]], topk_weights[rows], *plain)
+            run(x[rows], visit.hold(group)[topk_ids[rows]], topk_weights[rows], *plain)
             for rows, group in visit.row_groups(topk_ids)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -171,7 +166,7 @@ def run_pooled(
     weights = topk_weights.flatten()[order].unsqueeze(-1)
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for part, slots in experts.matrices_in(visit, lazy=True)[0].batches(ids):
-        output.index_add_(0, rows[part], backend(x[rows[part]], slots.unsqueeze(-1), weights[part], *plain))
+        output.index_add_(0, rows[part], run(x[rows[part]], slots.unsqueeze(-1), weights[part], *plain))
     return output
 
 
@@ -417,7 +412,7 @@ def pool_experts(model: nn.Module, config: KimiK25Config) -> ExpertPool | None:
         return None
     pool = ExpertPool(config, request)
     for name, module in model.named_modules():
-        if isinstance(module, MoE):
+        if isinstance(getattr(module, "experts", None), Experts):
             layer = int(name.split(".layers.")[1].split(".")[0])
             module.experts = PooledExperts(config.text_config, layer, pool)
     return pool

@@ -6,7 +6,6 @@ The tests compare every number here with the model itself, built on meta, or run
 from math import prod
 
 from .configuration_kimi import KimiK25Config, KimiK25TextConfig, KimiK25VisionConfig
-from .kimi_attention import WORKSPACE_BYTES
 from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE
 
 # Bytes of whatever is neither packed nor the router's bias.
@@ -24,6 +23,8 @@ WEIGHT_KINDS = (
     "projector",
 )
 
+# For keys and values while they are expanded, or for scores, of one layer's call.
+WORKSPACE_BYTES = 256 * 2**20
 # Per query and key: the boolean mask, SDPA's additive copy in bf16, and that copy padded to 16 columns.
 MASK_BYTES = 5
 VISION_PATCHES = 16384  # of one item: `in_patch_limit` of preprocessor_config.json, or 4 frames of 4096

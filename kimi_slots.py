@@ -3,7 +3,7 @@
     ExpertFiles   byte ranges of the shards, read into memory that is already there (a mapped file would count in the
                   resident set, and nobody could say how much of it stays)
     SlotCache     S slots on one device; a slot holds one expert of any layer. Slots of a projection lie in one
-                  (S, N, M/8) tensor, so the backends of `kimi_moe.py` multiply with them as they are
+                  (S, N, M/8) tensor, so the products of `kimi_experts.py` multiply with them as they are
     Visit         one pass of a layer over the experts that its router chose: reads run ahead in threads while
                   experts that are there compute
 

@@ -19,8 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .kimi_moe import Router
-
 
 @dataclass
 class Routing:
@@ -80,8 +78,10 @@ def recorded_routing(model: nn.Module) -> Iterator[Routing]:
             hook.remove()
 
 
-def named_routers(model: nn.Module) -> Iterator[tuple[str, Router]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Router))
+def named_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return (
+        (name, module) for name, module in model.named_modules() if hasattr(module, "e_score_correction_bias")
+    )
 
 
 @dataclass

@@ -26,7 +26,7 @@ import torch
 
 from .configuration_kimi import KimiK25Config
 from .kimi_checkpoint import Slot, model_slots, write_shards
-from .kimi_moe import Experts
+from .kimi_experts import Experts
 from .modeling_kimi import KimiK25ForConditionalGeneration
 from .tiny_vocabulary import SAMPLE, write_tiny_tiktoken
 

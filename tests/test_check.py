@@ -107,7 +107,7 @@ FAULTS = {
         "generation_config.json",
         "lacks <|im_end|>",
     ),
-    "missing code": (lambda f: (f / "kimi_moe.py").unlink(), "code", "kimi_moe.py missing"),
+    "missing code": (lambda f: (f / "kimi_experts.py").unlink(), "code", "kimi_experts.py missing"),
 }
 
 

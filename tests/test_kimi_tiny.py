@@ -11,7 +11,7 @@ import torch
 
 from check import check_folder
 from examples.train_tiny.evaluate import held_out_samples, judge
-from kimi.kimi_moe import Experts
+from kimi.kimi_experts import Experts
 from kimi.tiny_checkpoint import files_beside_weights
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_utils import _get_device_map
 
-import kimi.kimi_attention
+import kimi.kimi_backends
 import kimi.kimi_plan
 import kimi.kimi_sizes
 from builders import small_config
@@ -147,7 +147,7 @@ BUSY = {
 )
 def test_a_forward_pass_stays_within_the_workspace(batch, context, chunk, monkeypatch):
     """Allocations of a real pass over a cache that is full after it; 8 MiB of attention workspace."""
-    for module in (kimi.kimi_attention, kimi.kimi_sizes):
+    for module in (kimi.kimi_backends, kimi.kimi_sizes):
         monkeypatch.setattr(module, "WORKSPACE_BYTES", 8 * MIB)
     config = small_config(True, BUSY)
     torch.manual_seed(0)

@@ -101,7 +101,7 @@ FAULTS = {
     "another eps": (in_config("text_config", rms_norm_eps=1e-4), "decoder.0.input_layernorm"),
     "rotated pairs swapped": (
         in_file(
-            "kimi_attention.py",
+            "modeling_kimi.py",
             "first, second = x[..., 0::2].float(), x[..., 1::2].float()",
             "second, first = x[..., 0::2].float(), x[..., 1::2].float()",
         ),
@@ -109,14 +109,14 @@ FAULTS = {
     ),
     "the router's bias in its weights": (
         in_file(
-            "kimi_moe.py",
+            "modeling_kimi.py",
             "topk_weights = scores.gather",
             "topk_weights = (scores + self.e_score_correction_bias).gather",
         ),
         "decoder.1.router_weights",
     ),
     "no bias in the choice": (
-        in_file("kimi_moe.py", "choice = scores + bias", "choice = scores - bias"),
+        in_file("modeling_kimi.py", "choice = scores + bias", "choice = scores - bias"),
         "decoder.1.router_ids",
     ),
     "nibbles off by one": (
