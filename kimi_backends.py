@@ -26,7 +26,7 @@ This file takes tensors and strings. It imports no model code; where it needs th
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -244,10 +244,10 @@ def why_not_triton_attention(device: torch.device, dtype: torch.dtype, plain: Ca
         return NO_TRITON or f"the cache is on {device}"
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, 4, 1, 512), (1, 4, 1, 64), (1, 1, 300, 512), (1, 1, 300, 64))
-    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    q, q_pe, latent, k_pe = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     try:
-        want, _ = plain(*tensors, None, 0.05)
-        got, _ = latent_attention_triton(*tensors, None, 0.05)
+        want, _ = plain(q, q_pe, latent, k_pe, None, 0.05)
+        got, _ = latent_attention_triton(q, q_pe, latent, k_pe, None, 0.05)
         check_agreement(got, want, "the output")
     except Exception as problem:  # whatever a compiler or driver may raise: the plain code still works
         reason = f"its kernel fails on {device} ({type(problem).__name__}: {problem})"
@@ -258,12 +258,12 @@ def why_not_triton_attention(device: torch.device, dtype: torch.dtype, plain: Ca
 
 def faster_expanded_attention(
     implementation: str,
+    dropout: float,
     q_nope: torch.Tensor,
     q_pe: torch.Tensor,
     kv: torch.Tensor,
     v_dim: int,
     mask: torch.Tensor | None,
-    dropout: float,
 ) -> Callable[..., torch.Tensor] | None:
     """Attention of q_nope (B, h, T, dn), q_pe (B, h, T, dr) to expanded keys and values, kv (B, h, S, dn + dv), in the place
     of torch's SDPA: `expanded_attention_cpu(q_nope, q_pe, kv, k_pe, mask, scaling)`."""
@@ -295,6 +295,9 @@ def expanded_attention_cpu(
 
 
 # ------------------------------------------------------------------------------------------------------ routed experts
+
+
+Packed = tuple[torch.Tensor, torch.Tensor]  # words and scales
 
 
 class Matrices(Protocol):
@@ -408,7 +411,7 @@ def run_experts_cpu(
 ) -> torch.Tensor:
     """Packed experts for bf16 on a CPU, with compiled code. Experts with few rows multiply the words as they are; one with
     many rows is unpacked into tiles of AMX, or into a buffer that all of them share, for the dense product."""
-    packed = [(matrix.weight, matrix.scale) for matrix in (gate, up, down)]
+    packed = [cast(Packed, (matrix.weight, matrix.scale)) for matrix in (gate, up, down)]
     x, choices = x.contiguous(), topk_ids.shape[-1]
     if len(x) <= EXPERT_ROWS:
         return experts_int4(x, topk_ids.contiguous(), topk_weights.contiguous(), packed)
@@ -451,7 +454,7 @@ def unpacked_expert(
     def run(expert: int, start: int, count: int) -> None:
         chosen = slice(start, start + count)
         w_gate, w_up, w_down = (
-            unpack_int4_bf16(*matrix.one(expert), buffer)
+            unpack_int4_bf16(*cast(Packed, matrix.one(expert)), buffer)
             for matrix, buffer in zip(matrices, buffers, strict=True)
         )
         x_e = x[rows[chosen]]
@@ -495,17 +498,17 @@ def by_rows(function: Callable, x: torch.Tensor, rows: int) -> torch.Tensor:
 
 def expanded_head_slices(
     implementation: str,
+    dropout: float,
     q_nope: torch.Tensor,
     q_pe: torch.Tensor,
     latent: torch.Tensor,
     v_dim: int,
     mask: torch.Tensor | None,
-    dropout: float,
 ) -> list[slice]:
     """All h heads of q_nope (B, h, T, dn), as many at a time as have keys and values that fit WORKSPACE_BYTES when they
     are expanded from latent (B, 1, S, c); at least one."""
     nope_dim, key_dim = q_nope.shape[-1], q_nope.shape[-1] + q_pe.shape[-1]
-    fast = faster_expanded_attention(implementation, q_nope, q_pe, latent, v_dim, mask, dropout)
+    fast = faster_expanded_attention(implementation, dropout, q_nope, q_pe, latent, v_dim, mask)
     # Keys and padded values; PyTorch's own kernel for a CPU may pack both once more.
     copies = 2 if latent.is_cuda or fast else 4
     step = heads_at_once(latent, q_nope.shape[1], nope_dim + v_dim + copies * key_dim)

@@ -11,7 +11,7 @@ Everything else (crop, reorder, repeat, select, deepcopy) is inherited and works
 """
 
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PretrainedConfig
@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .kimi_backends import is_recorded
 
+Pair = tuple[torch.Tensor, torch.Tensor]
 MIN_ROOM = 256  # tokens
 # One eighth of the length: a token is copied eight times in a growing cache's life, on average.
 ROOM_SHARE = 8
@@ -36,7 +37,7 @@ class LatentLayer(DynamicLayer):
     and grew again. With gradients it concatenates like its parent, since a buffer cannot be written in place then.
     """
 
-    _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+    _buffers: Pair | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -48,24 +49,26 @@ class LatentLayer(DynamicLayer):
             self.dtype, self.device = key_states.dtype, key_states.device
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
             self.is_initialized = True
-        new, past = (key_states, value_states), (self.keys, self.values)
+        new, past = (key_states, value_states), cast(Pair, (self.keys, self.values))
         start = self.get_seq_length()
         end = start + key_states.shape[2]
-        if not self._has_room(past, end):
-            self._buffers = tuple(map(_roomy_copy, past, new, (end, end)))
-        for buffer, states in zip(self._buffers, new, strict=True):
+        buffers = self._buffers
+        if buffers is None or not self._has_room(buffers, past, end):
+            buffers = self._buffers = (_roomy_copy(past[0], new[0], end), _roomy_copy(past[1], new[1], end))
+        for buffer, states in zip(buffers, new, strict=True):
             buffer[:, :, start:end] = states
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        self.keys, self.values = (buffer[:, :, :end] for buffer in buffers)
         return self.keys, self.values
 
-    def _has_room(self, past: tuple[torch.Tensor, torch.Tensor], end: int) -> bool:
+    @staticmethod
+    def _has_room(buffers: Pair, past: Pair, end: int) -> bool:
         """Whether `past` still is the filled part of the buffers (a reorder makes new tensors), and `end` fits."""
-        return self._buffers is not None and all(
+        return all(
             tensor.data_ptr() == buffer.data_ptr()
             and tensor.shape[0] == buffer.shape[0]
             and end <= buffer.shape[2]
             and (torch.is_inference_mode_enabled() or not buffer.is_inference())
-            for tensor, buffer in zip(past, self._buffers, strict=True)
+            for tensor, buffer in zip(past, buffers, strict=True)
         )
 
     def reset(self) -> None:
@@ -97,7 +100,11 @@ def with_latent_layers(cache: Any, config: PretrainedConfig) -> Any:
 
 
 def append(
-    cache: Cache, latent: torch.Tensor, k_pe: torch.Tensor, layer_idx: int, cache_position: torch.Tensor
+    cache: Cache,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    layer_idx: int,
+    cache_position: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds T tokens to a layer of any cache class and returns all of it, (B, 1, S, c) and (B, 1, S, dr)."""
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
@@ -109,17 +116,18 @@ def append(
 def _initialize_static(layer: StaticLayer, latent: torch.Tensor, k_pe: torch.Tensor) -> None:
     """4.57 makes a static layer's values as wide as its keys; ours differ."""
     if "value_states" in signature(layer.lazy_initialization).parameters:
-        layer.lazy_initialization(latent, k_pe)
+        layer.lazy_initialization(latent, k_pe)  # type: ignore[call-arg]  # 5.x
         return
     layer.lazy_initialization(latent)
-    layer.values = layer.values.new_zeros((*layer.values.shape[:3], k_pe.shape[-1]))
+    values = cast(torch.Tensor, layer.values)
+    layer.values = values.new_zeros((*values.shape[:3], k_pe.shape[-1]))
     torch._dynamo.mark_static_address(layer.values)
 
 
 # -------------------------------------------------------------------------------------------------- positions and masks
 
 
-def positions(attention_mask: torch.Tensor | None, cache_position: torch.Tensor) -> torch.Tensor:
+def count_positions(attention_mask: torch.Tensor | None, cache_position: torch.Tensor) -> torch.Tensor:
     """(B or 1, T) positions of the new tokens; left padding takes none, so a padded row equals the row alone."""
     num_tokens = len(cache_position)
     if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= num_tokens:
@@ -136,7 +144,7 @@ def causal_mask(
     cache_position: torch.Tensor | None,
 ) -> Any:
     """The mask in the form that the chosen attention implementation wants; the versions differ in names."""
-    arguments = {
+    arguments: dict[str, Any] = {
         "config": config,
         "inputs_embeds": inputs_embeds,
         "attention_mask": attention_mask,

@@ -116,7 +116,7 @@ class Experts(nn.Module):
 
     def stack(self, parameter: str) -> torch.Tensor:
         """A stacked parameter, or one on meta that stands for it."""
-        return self._parameters[parameter]
+        return self.get_parameter(parameter)
 
     def num_weights(self) -> int:
         """Logical weights: one for each int4 code, none for scales and shapes."""
@@ -136,7 +136,7 @@ class Experts(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
         for name, names in self.published_names(prefix):
-            parameter = self._parameters[name]
+            parameter = self.get_parameter(name)
             destination.update(
                 zip(names, (parameter if keep_vars else parameter.detach()).unbind(), strict=True)
             )
@@ -156,7 +156,7 @@ class Experts(nn.Module):
         for parameter, names in self.published_names(prefix):
             known.update(names)
             missing.extend(name for name in names if name not in state_dict)
-            stack = self._parameters[parameter]
+            stack = self.get_parameter(parameter)
             for place, name in zip(stack.unbind(), names, strict=True):
                 given = state_dict.get(name, place)
                 if given.shape != place.shape:
@@ -203,10 +203,10 @@ def run_experts(
 
 def apply_keeping_dtype(module: nn.Module, fn: Callable, names: Iterable[str]) -> nn.Module:
     """nn.Module._apply that moves but does not cast the named parameters: .to(dtype), .half(), .float() pass them by."""
-    kept = {name: module._parameters[name].data for name in names}
+    kept = {name: module.get_parameter(name).data for name in names}
     nn.Module._apply(module, fn)
     for name, old in kept.items():
-        moved = module._parameters[name]
+        moved = module.get_parameter(name)
         if moved.dtype != old.dtype:
             moved.data = old.to(moved.device)
     return module

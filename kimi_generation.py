@@ -15,7 +15,7 @@ B rows, T tokens of the prompt, n tokens of a window, N items, M vision tokens o
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,11 @@ Encode = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
 class KimiGenerationMixin(GenerationMixin):
     """GenerationMixin for a model with a latent cache, `get_image_features` and `config.media_placeholder_token_id`."""
+
+    if TYPE_CHECKING:  # what the model has
+        config: Any
+        get_input_embeddings: Callable[[], torch.nn.Module]
+        get_image_features: Encode
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """GenerationMixin.generate; refuses unknown token ids, prompts beyond the context and media that do not fit

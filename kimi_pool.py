@@ -13,7 +13,7 @@ the same words, and sums run in the order of expert ids, wherever an expert happ
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -68,7 +68,9 @@ class PooledExperts(Experts):
         with torch.device("meta"):
             super().__init__(config)
         self.layer, self.pool = layer, pool
-        self.templates = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        self.templates = {
+            name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)
+        }
         self._parameters.clear()
 
     def stack(self, parameter: str) -> torch.Tensor:
@@ -98,14 +100,17 @@ class PooledExperts(Experts):
 
     def matrices_in(self, visit: Visit, lazy: bool = False) -> list[ExpertMatrices]:
         """The slots, by projection, to be indexed by slot; or, lazily, by expert, which waits until it is there."""
-        kind = PooledMatrices if lazy else ExpertMatrices
-        tensors = ("weight_packed", "weight_scale") if self.packed else ("weight",)
-        matrices = []
+        weight, scale = ("weight_packed", "weight_scale") if self.packed else ("weight", "")
+        matrices: list[ExpertMatrices] = []
         for projection in self.shapes:
-            stacks = [visit.cache.stacks[f"{projection}_{tensor}"] for tensor in tensors]
-            matrices.append(kind(*stacks, *[None] * (2 - len(stacks))))
+            stacks = visit.cache.stacks
+            pair = stacks[f"{projection}_{weight}"], stacks[f"{projection}_{scale}"] if scale else None
             if lazy:
-                matrices[-1].visit = visit
+                pooled = PooledMatrices(*pair)
+                pooled.visit = visit
+                matrices.append(pooled)
+            else:
+                matrices.append(ExpertMatrices(*pair))
         return matrices
 
     def extra_repr(self) -> str:
@@ -323,13 +328,13 @@ class ExpertPool:
             size = os.path.getsize(source.file)
             self.maps[source.file] = torch.UntypedStorage.from_file(source.file, False, size)
         data = torch.empty(0, dtype=torch.uint8).set_(
-            self.maps[source.file], source.begin, (source.end - source.begin,)
+            self.maps[source.file], source.begin, (source.end - source.begin,), (1,)
         )
         if source.begin % source.dtype.itemsize:
             data = data.clone()
         return data.view(source.dtype).view(source.shape)
 
-    def warm(self, counts: dict[int, Sequence[int]]) -> int:
+    def warm(self, counts: Mapping[int, Sequence[int]]) -> int:
         """Reads the experts that were used most, as many as there are slots; returns how many. Layer -> uses by expert."""
         warmed = 0
         for device, cache in self.caches.items():
@@ -344,7 +349,8 @@ class ExpertPool:
             best = sorted(uses, key=lambda key: -uses[key])[: cache.capacity]
             for key, share in uses.items():
                 cache.worth.expect(key, share)
-            entries = [(key, cache.claim(key, best)) for key in best]
+            claimed = [(key, cache.claim(key, best)) for key in best]
+            entries = [(key, entry) for key, entry in claimed if entry is not None]
             for key, entry in entries:
                 cache.await_entry(key, entry)
             warmed += len(entries)

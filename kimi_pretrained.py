@@ -25,7 +25,10 @@ from .kimi_checkpoint import load_checkpoint, loading_result, save_checkpoint
 from .kimi_pool import requested
 
 logger = logging.get_logger(__name__)
-Base = PreTrainedModel if TYPE_CHECKING else object
+if TYPE_CHECKING:  # what comes after it among the bases
+    Base = PreTrainedModel
+else:
+    Base = object
 
 
 class KimiPretrainedMixin(Base):
@@ -35,9 +38,9 @@ class KimiPretrainedMixin(Base):
         """Logical weights: an int4 expert counts its codes, not its words, scales and shapes."""
         total = 0
         for module in self.modules():
-            if hasattr(module, "num_weights"):  # stacked experts
+            if (count := getattr(module, "num_weights", None)) is not None:  # stacked experts
                 trainable = not module.packed and any(p.requires_grad for p in module.parameters())
-                total += module.num_weights() if trainable or not only_trainable else 0
+                total += count() if trainable or not only_trainable else 0
             elif not (exclude_embeddings and isinstance(module, nn.Embedding)):
                 parameters = module.parameters(recurse=False)
                 total += sum(p.numel() for p in parameters if p.requires_grad or not only_trainable)

@@ -75,7 +75,7 @@ from .kimi_backends import (
     part_of_mask,
     query_slices,
 )
-from .kimi_cache import CACHE, append, causal_mask, new_cache, positions, readable_mask
+from .kimi_cache import CACHE, append, causal_mask, count_positions, new_cache, readable_mask
 from .kimi_experts import Experts, apply_keeping_dtype
 from .kimi_generation import KimiGenerationMixin, check_counts, check_ids, check_length
 from .kimi_pool import pool_experts
@@ -345,25 +345,27 @@ class MLA(nn.Module):
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention on keys and values made from the cache, as many heads at a time as the workspace holds."""
-        sizes = self.config._attn_implementation, q_nope, q_pe, latent, self.v_dim, attention_mask
-        parts = expanded_head_slices(*sizes, self.dropout())
+        """Attention on keys and values made from the cache, as many heads at a time as the workspace holds.
+
+        Arguments and result as those of `absorb`.
+        """
+        how = self.config._attn_implementation, self.dropout()
+        parts = expanded_head_slices(*how, q_nope, q_pe, latent, self.v_dim, attention_mask)
         if len(parts) == 1:
             kv = self.kv_b_proj(latent.squeeze(1))  # (B, S, h (dn + dv))
             return self.attend(q_nope, q_pe, kv, k_pe, attention_mask, **kwargs)
-        up, weights = self.up_projections(latent), []
-        # In place: a list to be joined at the end would hold the output twice.
-        output = q_nope.new_empty(
-            *q_nope.shape[:1], q_nope.shape[2], self.num_heads, self.v_dim
-        )  # (B, T, h, dv)
+        batch, _, num_new, _ = q_nope.shape
+        # Filled in place: a list to be joined at the end would hold the output twice.
+        output = q_nope.new_empty(batch, num_new, self.num_heads, self.v_dim)  # (B, T, h, dv)
+        up, kept = self.up_projections(latent), []
         for part in parts:
-            kv = F.linear(latent.squeeze(1), up[part].flatten(0, 1))
-            output[:, :, part], scores = self.attend(
-                q_nope[:, part], q_pe[:, part], kv, k_pe, attention_mask, **kwargs
-            )
+            kv = F.linear(latent.squeeze(1), up[part].flatten(0, 1))  # (B, S, some h (dn + dv))
+            queries = q_nope[:, part], q_pe[:, part]
+            output[:, :, part], weights = self.attend(*queries, kv, k_pe, attention_mask, **kwargs)
             del kv
-            weights.append(scores)
-        return output, None if weights[0] is None else torch.cat(weights, dim=1)
+            if weights is not None:
+                kept.append(weights)
+        return output, torch.cat(kept, dim=1) if kept else None
 
     def attend(
         self,
@@ -375,11 +377,9 @@ class MLA(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of some heads by the chosen implementation, kv (B, S, h (dn + dv)); returns (B, T, h, dv)."""
-        implementation, dropout = self.config._attn_implementation, self.dropout()
+        implementation, dropout = how = self.config._attn_implementation, self.dropout()
         kv = kv.unflatten(-1, (-1, self.nope_dim + self.v_dim)).transpose(1, 2)  # (B, h, S, dn + dv)
-        if fast := faster_expanded_attention(
-            implementation, q_nope, q_pe, kv, self.v_dim, attention_mask, dropout
-        ):
+        if fast := faster_expanded_attention(*how, q_nope, q_pe, kv, self.v_dim, attention_mask):
             return fast(q_nope, q_pe, kv, k_pe, attention_mask, self.scaling), None
         k_nope, value = kv.split((self.nope_dim, self.v_dim), dim=-1)
         key = torch.cat((k_nope, k_pe.expand(-1, kv.shape[1], -1, -1)), dim=-1)  # (B, h, S, dn + dr)
@@ -411,7 +411,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain code of `expand`: (B, h, T, d) times (B, h, S, d), softmax in fp32; a mask (B, 1, T, S), for without one all is seen.
+    """The plain code of `expand`: (B, h, T, d) times (B, h, S, d), softmax in fp32, under a mask (B, 1, T, S) or none.
 
     Returns the output (B, T, h, dv) and the weights (B, h, T, S).
     """
@@ -746,44 +746,24 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
             labels: (B, T), `ignore_index` where there is no loss; shifted inside.
             logits_to_keep: 0 for all positions, n for the last n, or indices.
             cache: another name of past_key_values, which transformers uses from 5.24 on.
-            debug_nan: raise a ValueError that names the first layer whose output has a NaN or an infinity. Waits for the
-                device after each layer.
+            debug_nan: a ValueError names the first layer that makes a NaN or an infinity; waits for the device after each.
 
-        Returns logits (B, kept, V) in the model's dtype, the loss if labels are given, and the cache, which holds the
-        latents: 576 values per token and layer at full size.
+        Returns logits (B, kept, V) in the model's dtype, the loss if labels are given, and the cache.
         """
-        text = self.config.text_config
-        past_key_values = cache if past_key_values is None else past_key_values
-        if use_cache is None:
-            use_cache = text.use_cache and not (self.training and self.is_gradient_checkpointing)
-        if use_cache and past_key_values is None:
-            past_key_values = new_cache(text)
-        inputs_embeds = self._embed(input_ids, inputs_embeds)  # (B, T, H)
-        if debug_nan:
-            check_finite(inputs_embeds, "embed_tokens")
-        if pixel_values is not None and pixel_values.numel():
-            inputs_embeds = self._insert_media(input_ids, inputs_embeds, pixel_values, grid_thws)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        check_length(past_length, inputs_embeds.shape[1], text.max_position_embeddings)
-        # 4.57's generate() gives it, 5.x has no such thing.
-        cache_position = kwargs.pop("cache_position", None)
-        if cache_position is None:
-            cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-        if position_ids is None:
-            position_ids = positions(attention_mask, cache_position)
-
+        past_key_values = self._cache_to_use(cache if past_key_values is None else past_key_values, use_cache)
+        inputs_embeds = self._embed(input_ids, inputs_embeds, pixel_values, grid_thws, debug_nan)  # (B, T, H)
+        # cache_position: 4.57's generate() gives it, 5.x has no such thing.
+        position_ids, cache_position = self._positions(
+            inputs_embeds, attention_mask, position_ids, past_key_values, kwargs.pop("cache_position", None)
+        )
         outputs = self.language_model.model(
             inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             cache_position=cache_position,
-            output_attentions=self.config.output_attentions
-            if output_attentions is None
-            else output_attentions,
-            output_hidden_states=(
-                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            ),
+            output_attentions=self._option("output_attentions", output_attentions),
+            output_hidden_states=self._option("output_hidden_states", output_hidden_states),
             debug_nan=debug_nan,
             **kwargs,
         )
@@ -791,17 +771,8 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
         logits = self.language_model.lm_head(outputs.last_hidden_state[:, keep])
         if debug_nan:
             check_finite(logits, "lm_head")
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=text.vocab_size,
-                ignore_index=self.config.ignore_index,
-                **{key: kwargs[key] for key in ("num_items_in_batch",) if key in kwargs},
-            )
         return CausalLMOutputWithPast(
-            loss=loss,
+            loss=None if labels is None else self._loss(logits, labels, **kwargs),
             logits=logits,
             **{CACHE: past_key_values},
             hidden_states=outputs.hidden_states,
@@ -825,13 +796,62 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
         """(P, 3, 14, 14) and (N, 3) to N tensors (tokens of the item, H); an item is an image or a chunk of a video."""
         return self.mm_projector(self.vision_tower(pixel_values, grid_thws))
 
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    def _option(self, name: str, value: bool | None) -> bool:
+        return getattr(self.config, name) if value is None else value
+
+    def _cache_to_use(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The given cache, or a new one if one is to be used."""
+        text = self.config.text_config
+        if use_cache is None:
+            use_cache = text.use_cache and not (self.training and self.is_gradient_checkpointing)
+        return new_cache(text) if use_cache and given is None else given
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        grid_thws: torch.Tensor | None,
+        debug_nan: bool,
+    ) -> torch.Tensor:
+        """(B, T) ids or (B, T, H) embeddings to (B, T, H), with the features of media in their places."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
-        if input_ids is None:
-            return cast(torch.Tensor, inputs_embeds)
-        check_ids(input_ids, self.config.text_config.vocab_size)
-        return self.get_input_embeddings()(input_ids)
+        if input_ids is not None:
+            check_ids(input_ids, self.config.text_config.vocab_size)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = cast(torch.Tensor, inputs_embeds)
+        if debug_nan:
+            check_finite(inputs_embeds, "embed_tokens")
+        if pixel_values is None or not pixel_values.numel():
+            return inputs_embeds
+        return self._insert_media(input_ids, inputs_embeds, pixel_values, grid_thws)
+
+    def _positions(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        cache_position: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (B or 1, T) of the new tokens, and where (T,) they go in the cache. Refuses too many of them."""
+        num_tokens, past_length = inputs_embeds.shape[1], cache.get_seq_length() if cache is not None else 0
+        check_length(past_length, num_tokens, self.config.text_config.max_position_embeddings)
+        if cache_position is None:
+            cache_position = torch.arange(num_tokens, device=inputs_embeds.device) + past_length
+        if position_ids is None:
+            position_ids = count_positions(attention_mask, cache_position)
+        return position_ids, cache_position
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.FloatTensor:
+        return self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.text_config.vocab_size,
+            ignore_index=self.config.ignore_index,
+            **{key: kwargs[key] for key in ("num_items_in_batch",) if key in kwargs},
+        )
 
     def _insert_media(
         self,

@@ -642,7 +642,7 @@ def test_a_kernel_for_many_rows_gets_groups_of_experts(folder, resident, one, mo
         assert ids.min() >= 0 and ids.max() < 5
         return kimi_pool.run_experts(x, ids, weights, *matrices)
 
-    monkeypatch.setattr(kimi_pool, "choose_backend", lambda *args: kernel)
+    monkeypatch.setattr(kimi_pool, "faster_experts", lambda *args: kernel)
     assert (logits(model, SOME) - want).abs().max() < 1e-4
     assert max(seen) == 5 and len(seen) >= 2 * LAYERS
 
