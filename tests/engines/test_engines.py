@@ -200,7 +200,13 @@ def test_llama_cpp_tokenizes_alike(gguf_file):
     tokenizer, rng = TikTokenTokenizer.from_pretrained(TINY), random.Random(7)
     texts = [
         paragraph
-        for name in ("README.md", "docs/history.md", "docs/questions.md", "kimi_tools.py", "chat_template.jinja")
+        for name in (
+            "README.md",
+            "docs/history.md",
+            "docs/questions.md",
+            "kimi_tools.py",
+            "chat_template.jinja",
+        )
         for paragraph in re.split(r"(?<=\n\n)", (ROOT / name).read_text(encoding="utf-8"))
         if not re.search("[a-z][A-Z]", paragraph)
     ]
