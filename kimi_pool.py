@@ -43,7 +43,7 @@ from .kimi_moe import (
 from .kimi_sizes import cache_bytes_per_token, expert_bytes, text_workspace_bytes, weight_bytes
 from .kimi_slots import READERS, ExpertFiles, Part, ReadsExperts, SlotCache, Visit, Worth
 
-HALF_LIFE = 256.0  # tokens; see docs/history.md
+HALF_LIFE = 256.0  # tokens; see LOG.md
 AUTO_CONTEXT = 32768  # tokens of one sequence for which expert_cache="auto" leaves room
 AUTO_CHUNK = 4096  # of them at once
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .kimi_checkpoint import Source
 
 Key = tuple[int, int]  # layer, expert
-READERS = 4  # threads that read; see docs/history.md
+READERS = 4  # threads that read; see LOG.md
 HUGE_FROM = 2 * 2**20  # bytes: one such page
 
 
