@@ -6,8 +6,8 @@
     worker      generate(), one job at a time, with the cache of the conversation that begins alike
     job.emit    gets Events while tokens come, then a Completion or an exception (from the worker's thread)
 
-A turn's prompt begins with the whole turn before it, because Kimi keeps its reasoning (chat_format.md, prefix
-property). `PrefixCaches` keeps the latents of the last conversations; of a new prompt only what no cache holds is
+A turn's prompt begins with the whole turn before it, because Kimi keeps its reasoning:
+earlier messages render to the same text again. `PrefixCaches` keeps the latents of the last conversations; of a new prompt only what no cache holds is
 computed. Two tokens are the same if their ids are, and a `<|media_pad|>` only if the picture behind it is, too: its key
 is made of the item's pixels.
 

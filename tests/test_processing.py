@@ -1,7 +1,8 @@
 """Conversations with media to model inputs: three ways to call, engines' calls word for word, and what users may not do.
 
 The vocabulary is a small one trained on the spot, with the published reserved tokens behind it. What the engines do with the
-results is written here in a few lines of each engine's own logic, so that its ids can be compared with ours.
+results is written here in a few lines of each engine's own logic, so that its ids can be compared with ours. Labels
+E-n number what engines rely on, see test_engine_contracts.py.
 """
 
 import base64

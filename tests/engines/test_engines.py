@@ -1,6 +1,7 @@
 """Other engines on kimi-tiny, really run: transformers' native class, MLX, llama.cpp. `make test-engines` sets them up.
 
-Ours computes in float32 with the plain reference paths. Greedy answers of 64 tokens to ten prompts.
+Ours computes in float32 with the plain reference paths. Greedy answers of 64 tokens to ten prompts. Labels E-n number
+what engines rely on, see tests/test_engine_contracts.py.
 """
 
 import os
@@ -199,7 +200,13 @@ def test_llama_cpp_tokenizes_alike(gguf_file):
     tokenizer, rng = TikTokenTokenizer.from_pretrained(TINY), random.Random(7)
     texts = [
         paragraph
-        for name in ("README.md", "LOG.md", "docs/faq.md", "kimi_tools.py", "chat_template.jinja")
+        for name in (
+            "README.md",
+            "docs/history.md",
+            "docs/questions.md",
+            "kimi_tools.py",
+            "chat_template.jinja",
+        )
         for paragraph in re.split(r"(?<=\n\n)", (ROOT / name).read_text(encoding="utf-8"))
         if not re.search("[a-z][A-Z]", paragraph)
     ]
