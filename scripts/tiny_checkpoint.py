@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .configuration_kimi import KimiK25Config
-from .kimi_checkpoint import Slot, model_slots, write_shards
-from .kimi_moe import Experts
-from .modeling_kimi import KimiK25ForConditionalGeneration
+from kimi.configuration_kimi import KimiK25Config
+from kimi.kimi_checkpoint import Slot, model_slots, write_shards
+from kimi.kimi_moe import Experts
+from kimi.modeling_kimi import KimiK25ForConditionalGeneration
+
 from .tiny_vocabulary import SAMPLE, write_tiny_tiktoken
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED_BASE = 163584  # BPE ranks of the published vocabulary; the 256 reserved ids follow
 TINY_TEXT = {
     "hidden_size": 256,
