@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from kimi import modeling_kimi
 from kimi.configuration_kimi import KimiK25Config
-from kimi.tiny_checkpoint import TINY_TEXT, TINY_VISION, write_random_weights
+from scripts.tiny_checkpoint import TINY_TEXT, TINY_VISION, write_random_weights
 
 PUBLISHED_EXPERTS = modeling_kimi.Experts
 

@@ -11,8 +11,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from conftest import DATA, ROOT
 from kimi.kimi_messages import normalize_messages, normalize_tool_ids
-from kimi.tiny_checkpoint import write_tokenizer
 from kimi.tokenization_kimi import TikTokenTokenizer, deep_sort_dict
+from scripts.tiny_checkpoint import write_tokenizer
 
 GOLDEN = json.loads((DATA / "chat_golden.json").read_bytes())
 DECLARE = "<|im_system|>tool_declare<|im_middle|>"

@@ -15,7 +15,7 @@ from conftest import ROOT
 from kimi import kimi_checkpoint, kimi_files
 from kimi.kimi_checkpoint import parse_size, read_header, split_names
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 BIAS = "language_model.model.layers.1.mlp.gate.e_score_correction_bias"
 PACKED = "language_model.model.layers.2.mlp.experts.3.up_proj.weight_packed"

@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from transformers.modeling_utils import _get_device_map
 
 import kimi.kimi_backends
-import kimi.kimi_plan
 import kimi.kimi_sizes
+import scripts.plan
 from builders import small_config
 from conftest import ROOT
 from kimi.configuration_kimi import KimiK25Config
 from kimi.kimi_cache import new_cache
 from kimi.kimi_checkpoint import model_slots
 from kimi.kimi_machine import GIB, MIB, Gpu, Machine, gpu_of, parse_gpus, parse_size
-from kimi.kimi_placement import OUTSIDES, Chain, Job, Run, _place
-from kimi.kimi_plan import Plan, main, plan
 from kimi.kimi_sizes import WEIGHT_KINDS, text_workspace_bytes, vision_workspace_bytes, weight_bytes
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from scripts.placement import OUTSIDES, Chain, Job, Run, _place
+from scripts.plan import Plan, main, plan
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 FULL = KimiK25Config.from_pretrained(ROOT)
 TB = 10**12
@@ -369,7 +369,7 @@ def test_more_ram_beside_the_same_gpus_takes_no_new_search():
     """How the layers lie on GPUs does not depend on the RAM."""
     _place.cache_clear()
     machine = Machine(parse_gpus("16x24GB"), 64 * GIB, 0)
-    missing = kimi.kimi_plan._missing(machine, Job(FULL, 262_144, 2, "bfloat16"))
+    missing = scripts.plan._missing(machine, Job(FULL, 262_144, 2, "bfloat16"))
     assert missing["ram"] > 0 and _place.cache_info().misses <= len(OUTSIDES)
 
 
@@ -587,7 +587,7 @@ def test_several_kinds_of_gpu():
 def test_bad_input_gets_one_sentence(arguments, sentence, capsys):
     assert main(arguments) == 2
     out, error = capsys.readouterr()
-    assert not out and error.startswith(f"kimi_plan: {sentence}") and error.count("\n") == 1
+    assert not out and error.startswith(f"plan: {sentence}") and error.count("\n") == 1
 
 
 def test_a_broken_config_is_named(tmp_path, capsys):
@@ -642,10 +642,9 @@ def test_this_machine(capsys):
     assert main(["--gpus", "none", "--ram", "8GB"]) == 1
 
 
-@pytest.mark.parametrize("command", [["kimi_plan.py"], ["-m", "kimi.kimi_plan"]])
-def test_runs_as_a_file_and_as_a_module(command):
+def test_runs_as_a_command():
     done = subprocess.run(
-        [sys.executable, *command, "--gpus", "8xA100-80"],
+        [sys.executable, "-m", "scripts.plan", "--gpus", "8xA100-80"],
         cwd=ROOT,
         capture_output=True,
         text=True,

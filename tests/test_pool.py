@@ -21,7 +21,7 @@ from kimi.kimi_sizes import expert_bytes
 from kimi.kimi_slots import ExpertFiles, Part, SlotCache, Visit, Worth, empty_for_weights, zeros_for_weights
 from kimi.kimi_usage import Routing
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 TOP_K, EXPERTS, LAYERS = 4, 16, 2  # of the tiny checkpoint: layers 1 and 2 have experts
 GENERATOR = torch.Generator().manual_seed(0)

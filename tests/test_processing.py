@@ -24,8 +24,8 @@ from clips import write_clip
 from conftest import ROOT
 from kimi.image_processing_kimi import KimiK25VisionProcessor
 from kimi.processing_kimi import KimiK25Processor, fit_placeholders, truncate
-from kimi.tiny_checkpoint import write_tiny_checkpoint, write_tokenizer
 from kimi.tokenization_kimi import TikTokenTokenizer
+from scripts.tiny_checkpoint import write_tiny_checkpoint, write_tokenizer
 
 IMAGE_BLOCK = "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>"
 VIDEO = "<|kimi_k25_video_placeholder|>"

@@ -22,9 +22,9 @@ from PIL import Image
 
 from clips import write_clip
 from conftest import HANG_S
-from serve import make_app
-from serve_api import Limits
-from serve_engine import Engine
+from serve.__main__ import make_app
+from serve.api import Limits
+from serve.engine import Engine
 
 NAME = "parrot"
 KEY = "a key, ünïcode"

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-import convert
 from examples.train_tiny.tasks import draw_sample
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 from kimi.tokenization_kimi import TikTokenTokenizer
+from scripts import convert
 
 pytestmark = pytest.mark.engines
 
@@ -158,7 +158,7 @@ def test_llama_cpp_answers_alike(ours, prompts, answers, gguf_file):
 
 
 def test_llama_cpp_with_the_published_int4(ours, prompts, answers, gguf_file, tmp_path):
-    """`convert.py gguf`: experts as Q4_0, the very values; llama.cpp rounds activations to 8 bits for their products."""
+    """`scripts.convert gguf`: experts as Q4_0, the very values; llama.cpp rounds activations to 8 bits for their products."""
     gguf = pytest.importorskip("gguf")
     exact = tmp_path / "exact.gguf"
     assert convert.main(["gguf", str(TINY), str(gguf_file), str(exact)]) == 0

@@ -1,6 +1,6 @@
 """Checks a downloaded folder without loading it: is everything there, and is it Kimi K2.7 Code?
 
-    python check.py FOLDER [--json]
+    python -m scripts.check FOLDER [--json]
 
 Reads config files, the headers of the shards and the vocabulary, no weight: seconds for 595 GB. One line for each thing
 that is checked, one verdict; the exit code is 0 if all is well.
@@ -21,7 +21,7 @@ from kimi.kimi_checkpoint import check_sources, model_slots, read_sources
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 from kimi.tokenization_kimi import NAMED_TOKENS, NUM_RESERVED, TikTokenTokenizer
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED_TIKTOKEN = (
     "b6c497a7469b33ced9c38afb1ad6e47f03f5e5dc05f15930799210ec050c5103"  # sha256, of the whole K2 family
 )
@@ -256,7 +256,9 @@ def check_code(folder: Path, state: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", action="store_true", help="for programs")

@@ -24,7 +24,8 @@ from kimi.kimi_media import decode_data_uri, describe, fetch, naming, unwrap
 from kimi.kimi_messages import normalize_messages, refuse_to_stop_thinking
 from kimi.kimi_output import Event, delta_of
 from kimi.kimi_tools import UnsupportedSchema, encode_tools_to_typescript_style, normalize_tools
-from serve_engine import Completion, Engine, Prompt, PromptTooLong, QueueFull, Sampling, media_parts
+
+from .engine import Completion, Engine, Prompt, PromptTooLong, QueueFull, Sampling, media_parts
 
 MAX_STOP_TEXTS = 16
 MAX_SHOWN_CHARACTERS = 500  # of a request, in an error about it
