@@ -31,17 +31,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kimi.kimi_checkpoint import (
-    Entries,
-    Source,
-    parse_size,
-    read_sources,
-    split_names,
-    write_shard,
-)
-from kimi.kimi_files import File, Range, Shard
+from kimi.kimi_files import File, Range, Shard, bytes_of
 from kimi.kimi_int4 import GROUP_SIZE, dequantize_int4, pack_int4, quantize_int4
-from kimi.kimi_slots import bytes_of
+from kimi.kimi_machine import parse_size
+from kimi.kimi_safetensors import Entries, Source, read_sources, split_names, write_shard
 
 EXPERT = re.compile(
     r"(?P<layer>.*\.layers\.(?P<index>\d+)\.mlp\.experts\.)(?P<expert>\d+)(?P<matrix>\.(?:gate|up|down)_proj\.)"
@@ -97,7 +90,7 @@ def read_checkpoint(folder: Path) -> dict[str, Source]:
 
 
 class Reader:
-    """Reads tensors of a checkpoint; the last file stays open, and must stay what it was."""
+    """Reads tensors of a checkpoint; the last file stays open, and must not change while open."""
 
     def __init__(self, sources: dict[str, Source]):
         self.sources, self.file, self.shard = sources, "", None
@@ -293,7 +286,7 @@ def convert(
     outputs = plan(sources, report)
     entries = {name: (output.dtype, output.shape) for name, output in outputs.items()}
     sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in entries.items()}
-    shards = split_names(sizes, parse_size(max_shard_size))
+    shards = split_names(sizes, parse_size(max_shard_size, "max_shard_size"))
     check_space(target, sum(sizes.values()))
     finished = begin(target, source, config, entries)
     copy_other_files(source, target, config)

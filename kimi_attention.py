@@ -42,6 +42,7 @@ from .kimi_cache import append
 from .kimi_cpu import absorb as kimi_cpu_absorb
 from .kimi_cpu import has_prefill_attention, prefill_attention, rms_norm_bf16, rotary_bf16, why_unavailable
 from .kimi_linear import Linear, suits_compiled_code
+from .kimi_sizes import WORKSPACE_BYTES
 
 NO_TRITON: str | None = None
 try:
@@ -56,9 +57,6 @@ logger = logging.get_logger(__name__)
 ABSORB_UP_TO, ABSORB_UP_TO_ON_CPU = 128, 48
 ROTATED_HEADS = 8  # of a long prompt at once, in fp32
 FEW_QUERIES = 8  # new tokens up to which the compiled code of a CPU does absorbed attention
-WORKSPACE_BYTES = (
-    256 * 2**20
-)  # for keys and values while they are expanded, or for scores, of one layer's call
 
 
 class RMSNorm(nn.Module):

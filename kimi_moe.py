@@ -35,9 +35,9 @@ from .kimi_cpu import (
     unpack_int4_bf16,
     why_unavailable,
 )
+from .kimi_files import zeros_for_weights
 from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, dequantize_int4, int4_linear
 from .kimi_linear import Linear, goes_the_short_way
-from .kimi_slots import zeros_for_weights
 
 NO_TRITON: str | None = None
 try:
