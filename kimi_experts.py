@@ -21,8 +21,8 @@ from torch import nn
 
 from .configuration_kimi import KimiK25TextConfig
 from .kimi_backends import faster_experts
+from .kimi_files import zeros_for_weights
 from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, dequantize_int4, int4_linear
-from .kimi_slots import zeros_for_weights
 
 
 class ExpertMatrices(NamedTuple):

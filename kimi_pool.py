@@ -3,8 +3,8 @@
     from_pretrained(..., expert_cache="auto" | bytes)
 
 An expert is 3 matrices, 24.8 MB at full size, and a token takes 8 of 384 in each layer. So memory is managed by the
-expert, not by the layer: `kimi_slots.py` has the slots, this file the module that computes with them and the sums that
-say how many there can be. Attention, shared experts, routers and embeddings are ordinary parameters.
+expert, not by the layer: `kimi_slots.py` has the slots, this file the module that computes with them,
+`kimi_sizes.py` the sums that say how many there can be. Attention, shared experts, routers and embeddings are ordinary parameters.
 
 Results are those of resident experts, bit for bit, on the CPU backends and the reference: the same function multiplies
 the same words, and sums run in the order of expert ids, wherever an expert happens to lie.
@@ -25,20 +25,11 @@ from torch import nn
 from .configuration_kimi import KimiK25Config, KimiK25TextConfig
 from .kimi_backends import EXPERT_ROWS, faster_experts, is_recorded, runs_by_expert
 from .kimi_experts import ExpertMatrices, Experts, run_experts
-from .kimi_machine import (
-    CUDA_CONTEXT_BYTES,
-    FRAGMENTATION_SHARE,
-    HOST_RESERVE_BYTES,
-    detect_gpus,
-    detect_ram,
-    parse_size,
-)
-from .kimi_sizes import cache_bytes_per_token, expert_bytes, text_workspace_bytes, weight_bytes
+from .kimi_machine import detect_gpus, detect_ram, parse_size
+from .kimi_sizes import all_fit, expert_bytes, free_bytes, resident_bytes
 from .kimi_slots import READERS, ExpertFiles, Part, ReadsExperts, SlotCache, Visit, Worth
 
 HALF_LIFE = 256.0  # tokens; see LOG.md
-AUTO_CONTEXT = 32768  # tokens of one sequence for which expert_cache="auto" leaves room
-AUTO_CHUNK = 4096  # of them at once
 
 
 class PooledMatrices(ExpertMatrices):
@@ -360,41 +351,6 @@ class ExpertPool:
         return self
 
 
-def resident_bytes(config: KimiK25Config) -> int:
-    """Of all weights but the routed experts, in the dtype in which from_pretrained makes the model."""
-    kinds = weight_bytes(config, str(torch.get_default_dtype()).removeprefix("torch.")).values()
-    return sum(size for module in kinds for kind, size in module.items() if kind != "routed_experts")
-
-
-def free_bytes(device: torch.device, config: KimiK25Config) -> int:
-    """What is free on a device now, less the cache and workspace of one sequence of AUTO_CONTEXT tokens and a reserve."""
-    text = config.text_config
-    context = min(AUTO_CONTEXT, text.max_position_embeddings)
-    work = text_workspace_bytes(config, context, 1, min(AUTO_CHUNK, context), 2)
-    work += context * text.num_hidden_layers * cache_bytes_per_token(text)
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return int(free - work - FRAGMENTATION_SHARE * total)
-    ram = detect_ram()
-    if not ram:
-        raise ValueError(
-            'this system does not tell its free memory, so expert_cache="auto" cannot; give bytes.'
-        )
-    return ram - work - HOST_RESERVE_BYTES
-
-
-def all_fit(config: KimiK25Config, request: CacheRequest) -> bool:
-    """Whether every expert can be resident, on the devices that may be used."""
-    text = config.text_config
-    layers = sum(text.is_moe_layer(idx) for idx in range(text.num_hidden_layers))
-    one = expert_bytes(text, torch.get_default_dtype().itemsize)
-    weights = resident_bytes(config) + layers * text.n_routed_experts * one
-    free = free_bytes(torch.device("cpu"), config)
-    if request.uses_gpus():
-        free += sum(gpu.total_bytes - CUDA_CONTEXT_BYTES for gpu in detect_gpus())
-    return weights <= free
-
-
 # A keyword of from_pretrained that is handed on would end up in generation_config.json.
 REQUEST: ContextVar[CacheRequest | None] = ContextVar("expert_cache", default=None)
 
@@ -414,7 +370,7 @@ def pool_experts(model: nn.Module, config: KimiK25Config) -> ExpertPool | None:
     """Puts pooled experts in the place of resident ones if they are requested, before any weight is read; None if not
     or if all fit anyway."""
     request = REQUEST.get()
-    if request is None or (request.size == "auto" and all_fit(config, request)):
+    if request is None or (request.size == "auto" and all_fit(config, request.uses_gpus())):
         return None
     pool = ExpertPool(config, request)
     for name, module in model.named_modules():

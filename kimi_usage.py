@@ -1,4 +1,4 @@
-"""What a model uses: which experts its router chooses, and where its bytes lie.
+"""What a model uses: which experts its router chooses, and how many bytes it has on each device.
 
 with model.collect_routing() as routing:
     model.generate(...)
@@ -79,9 +79,7 @@ def recorded_routing(model: nn.Module) -> Iterator[Routing]:
 
 
 def named_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return (
-        (name, module) for name, module in model.named_modules() if hasattr(module, "e_score_correction_bias")
-    )
+    return (item for item in model.named_modules() if hasattr(item[1], "e_score_correction_bias"))
 
 
 @dataclass

@@ -92,6 +92,7 @@ if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point name
     from .kimi_int4 import int4_linear  # noqa: F401
     from .kimi_int4_triton import run_experts_triton  # noqa: F401
     from .kimi_machine import detect_ram  # noqa: F401
+    from .kimi_safetensors import read_header  # noqa: F401
     from .kimi_sizes import weight_bytes  # noqa: F401
     from .kimi_slots import SlotCache  # noqa: F401
 

@@ -82,7 +82,7 @@ def against_the_disk(folder: str, rounds: int) -> None:
 
 
 def per_tensor(rounds: int) -> None:
-    from kimi.kimi_checkpoint import read_header
+    from kimi.kimi_safetensors import read_header
     from scripts.tiny_checkpoint import write_tiny_checkpoint
 
     with tempfile.TemporaryDirectory() as scratch:

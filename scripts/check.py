@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kimi.configuration_kimi import KimiK25Config
-from kimi.kimi_checkpoint import check_sources, model_slots, read_sources
+from kimi.kimi_checkpoint import check_sources, published_tensors
+from kimi.kimi_safetensors import read_sources
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 from kimi.tokenization_kimi import NAMED_TOKENS, NUM_RESERVED, TikTokenTokenizer
 
@@ -145,12 +146,12 @@ def check_tensors(folder: Path, state: dict[str, Any]) -> str:
     sources, config = state["shards"], state["config.json"]
     with torch.device("meta"):
         model = KimiK25ForConditionalGeneration(config).bfloat16()
-    slots = model_slots(model)
-    check_sources(slots, sources)
-    for name, slot in slots.items():
-        if name in sources and sources[name].dtype != slot.target.dtype:
+    tensors = published_tensors(model)
+    check_sources(tensors, sources)
+    for name, published in tensors.items():
+        if name in sources and sources[name].dtype != published.target.dtype:
             free = name.endswith(("weight_shape", "weight_scale"))  # other exporters write int64 and fp16
-            demand(free, f"{name} is {sources[name].dtype}, published as {slot.target.dtype}")
+            demand(free, f"{name} is {sources[name].dtype}, published as {published.target.dtype}")
     total = sum(source.end - source.begin for source in sources.values())
     published = "; the published number of bytes" if total == PUBLISHED_BYTES else ""
     return f"names, shapes and dtypes of {len(sources):,} tensors{published}"

@@ -31,17 +31,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kimi.kimi_checkpoint import (
-    Entries,
-    Source,
-    parse_size,
-    read_sources,
-    split_names,
-    write_shard,
-)
-from kimi.kimi_files import File, Range, Shard
+from kimi.kimi_files import File, Range, Shard, bytes_of
 from kimi.kimi_int4 import GROUP_SIZE, dequantize_int4, pack_int4, quantize_int4
-from kimi.kimi_slots import bytes_of
+from kimi.kimi_machine import parse_size
+from kimi.kimi_safetensors import Entries, Source, read_sources, split_names, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERT = re.compile(
@@ -98,7 +91,7 @@ def read_checkpoint(folder: Path) -> dict[str, Source]:
 
 
 class Reader:
-    """Reads tensors of a checkpoint; the last file stays open, and must stay what it was."""
+    """Reads tensors of a checkpoint; the last file stays open, and must not change while open."""
 
     def __init__(self, sources: dict[str, Source]):
         self.sources, self.file, self.shard = sources, "", None
@@ -294,7 +287,7 @@ def convert(
     outputs = plan(sources, report)
     entries = {name: (output.dtype, output.shape) for name, output in outputs.items()}
     sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in entries.items()}
-    shards = split_names(sizes, parse_size(max_shard_size))
+    shards = split_names(sizes, parse_size(max_shard_size, "max_shard_size"))
     check_space(target, sum(sizes.values()))
     finished = begin(target, source, config, entries)
     copy_other_files(source, target, config)

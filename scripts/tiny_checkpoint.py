@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 from kimi.configuration_kimi import KimiK25Config
-from kimi.kimi_checkpoint import Slot, model_slots, write_shards
+from kimi.kimi_checkpoint import PublishedTensor, published_tensors
 from kimi.kimi_experts import Experts
+from kimi.kimi_safetensors import write_shards
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 
 from .tiny_vocabulary import SAMPLE, write_tiny_tiktoken
@@ -161,21 +162,21 @@ def write_random_weights(folder: Path, seed: int, max_shard_size: int | str) -> 
     config = KimiK25Config(**json.loads((folder / "config.json").read_bytes()))
     with torch.device("meta"):
         model = KimiK25ForConditionalGeneration(config).bfloat16()
-    slots = model_slots(model)
-    entries = {name: (slot.target.dtype, tuple(slot.shape)) for name, slot in slots.items()}
+    tensors = published_tensors(model)
+    entries = {name: (published.target.dtype, published.shape) for name, published in tensors.items()}
     write_shards(
         folder,
         entries,
-        lambda names: ((name, random_tensor(slots[name], seed)) for name in names),
+        lambda names: ((name, random_tensor(tensors[name], seed)) for name in names),
         max_shard_size,
     )
 
 
-def random_tensor(slot: Slot, seed: int) -> torch.Tensor:
+def random_tensor(published: PublishedTensor, seed: int) -> torch.Tensor:
     """A tensor that keeps activations near one: matrices N(0, 1/inputs), norms near 1, biases near 0."""
-    key = zlib.crc32(f"{seed}/{slot.name}".encode())
+    key = zlib.crc32(f"{seed}/{published.name}".encode())
     generator = torch.Generator().manual_seed(key)
-    shape, dtype, large = slot.shape, slot.target.dtype, prod(slot.shape) >= LARGE
+    shape, dtype, large = published.shape, published.target.dtype, prod(published.shape) >= LARGE
 
     def uniform(low: float, high: float) -> torch.Tensor:
         if large:
@@ -188,23 +189,23 @@ def random_tensor(slot: Slot, seed: int) -> torch.Tensor:
             return from_table((torch.special.ndtri(quantiles) * deviation).to(dtype), shape, key)
         return (torch.randn(shape, generator=generator) * deviation).to(dtype)
 
-    if isinstance(slot.module, Experts):
-        projection, tensor = slot.module.published[slot.parameter]
+    if isinstance(published.module, Experts):
+        projection, tensor = published.module.published[published.parameter]
         if tensor == "weight_shape":
-            return torch.tensor(slot.module.shapes[projection], dtype=dtype)
+            return torch.tensor(published.module.shapes[projection], dtype=dtype)
         if tensor == "weight_packed" and large:
             return torch.from_numpy(random_bits(prod(shape) * 2, key)).view(dtype).view(shape)
         if tensor == "weight_packed":
             return torch.randint(-(2**31), 2**31, shape, generator=generator).to(dtype)
         if tensor == "weight_scale":
             spread = 4.6  # standard deviation of codes drawn evenly from -8..7
-            middle = slot.module.shapes[projection][1] ** -0.5 / spread
+            middle = published.module.shapes[projection][1] ** -0.5 / spread
             return uniform(0.5 * middle, 1.5 * middle)
-    if "norm" in slot.name and slot.parameter == "weight":
+    if "norm" in published.name and published.parameter == "weight":
         return uniform(0.9, 1.1)
-    if slot.parameter in ("bias", "e_score_correction_bias"):
+    if published.parameter in ("bias", "e_score_correction_bias"):
         return uniform(-0.1, 0.1)
-    inputs = prod(shape[1:]) if "embed" not in slot.name and "pos_emb" not in slot.name else 1
+    inputs = prod(shape[1:]) if "embed" not in published.name and "pos_emb" not in published.name else 1
     return normal(inputs**-0.5)
 
 

@@ -21,7 +21,7 @@ from builders import small_config
 from conftest import ROOT
 from kimi.configuration_kimi import KimiK25Config
 from kimi.kimi_cache import new_cache
-from kimi.kimi_checkpoint import model_slots
+from kimi.kimi_checkpoint import published_tensors
 from kimi.kimi_machine import GIB, MIB, Gpu, Machine, gpu_of, parse_gpus, parse_size
 from kimi.kimi_sizes import WEIGHT_KINDS, text_workspace_bytes, vision_workspace_bytes, weight_bytes
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
@@ -63,10 +63,10 @@ KIND_OF = {
 def counted(model: KimiK25ForConditionalGeneration) -> dict[str, dict[str, int]]:
     """`weight_bytes`, from the tensors of a model."""
     sizes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for name, slot in model_slots(model).items():
+    for name, published in published_tensors(model).items():
         depth = 4 if ".layers." in name else 3 if ".model." in name else 2 if "lm_head" in name else 1
         kind = next(kind for pattern, kind in KIND_OF.items() if pattern in name)
-        size = torch.Size(slot.shape).numel() * slot.target.dtype.itemsize
+        size = torch.Size(published.shape).numel() * published.target.dtype.itemsize
         sizes[".".join(name.split(".")[:depth])][kind] += size
     return {path: dict(kinds) for path, kinds in sizes.items()}
 
@@ -528,6 +528,12 @@ def test_auto_uses_eight_times_80_gib(full_model):
 )
 def test_memory_is_counted_as_it_is_sold(text, size):
     assert parse_size(text, "--ram", gb=GIB) == size
+
+
+def test_numbers_small_units_and_decimals_are_exact():
+    sizes = [5, "5B", "2KB", "1.5MB", "1KiB", "1GiB", "4.1GB", "8.7TB"]
+    want = [5, 5, 2000, 1_500_000, 1024, 2**30, 4_100_000_000, 8_700_000_000_000]
+    assert [parse_size(size, "size") for size in sizes] == want
 
 
 def test_disks_are_decimal_and_gib_is_exact():
