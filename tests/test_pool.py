@@ -161,7 +161,7 @@ def test_the_full_model_is_made_in_a_pool_without_its_experts(monkeypatch):
     from kimi.configuration_kimi import KimiK25Config
 
     config = KimiK25Config.from_pretrained(ROOT)
-    monkeypatch.setattr(kimi_sizes, "detect_ram", lambda: 2**45)
+    monkeypatch.setattr(kimi_pool, "detect_ram", lambda: 2**45)
     with torch.device("meta"), requested(10**9, "cuda"):
         model = Kimi._from_config(config, dtype=torch.bfloat16)
     sizes = sum(parameter.nbytes for parameter in model.parameters())
