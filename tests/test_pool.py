@@ -610,6 +610,13 @@ def test_a_small_tier_reads_from_a_large_one_and_that_from_disk():
     assert len(near.entries) == 3 and len(ram.entries) == 8
 
 
+def test_a_tier_whose_slots_are_all_pinned_says_so():
+    ram = counted_cache(1)
+    ram.claim((0, 1), pin=True)
+    with pytest.raises(RuntimeError, match=r"all 1 slots of cpu are in use at once"):
+        use(counted_cache(1, source=ram), 2)
+
+
 def test_two_tiers_give_the_logits_of_resident_experts(folder, resident, one, monkeypatch):
     model = Kimi.from_pretrained(folder, expert_cache=6 * one)
     near = cache_of(model)
