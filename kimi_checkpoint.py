@@ -14,7 +14,7 @@ import os
 import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -186,7 +186,7 @@ def load_checkpoint(
     for module in model.modules():
         module._is_hf_initialized = True
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     return index or None
 
 
@@ -220,7 +220,8 @@ class Filling:
         """(wanted, parameter, device) for one tensor of each parameter. Raises OSError that names file and tensor."""
         total = sum(prod(wanted.shape) * self.sources[wanted.name].dtype.itemsize for wanted in self.tensors)
         bar = logging.tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, disable=None)
-        threads, running = ThreadPoolExecutor(READERS, "weight-reader"), deque()
+        threads = ThreadPoolExecutor(READERS, "weight-reader")
+        running: deque[tuple[Future, list[Piece]]] = deque()
         try:
             with bar:
                 for batch, shard in self._batches():
@@ -291,7 +292,7 @@ class Filling:
             place.copy_(buffer)
 
     def _finish(
-        self, future: Any, batch: list[Piece], bar: Any
+        self, future: Future, batch: list[Piece], bar: Any
     ) -> Iterator[tuple[PublishedTensor, torch.Tensor, Any]]:
         future.result()
         for wanted, source, first, last in batch:
@@ -317,8 +318,9 @@ def _open_pool(
     device_map: dict[str, Any],
 ) -> None:
     """Tells the pool of the experts where their bytes are and on which devices their layers are."""
-    parts: dict[tuple[int, int], dict[str, list[Part]]] = defaultdict(lambda: defaultdict(list))
-    layers, dtypes = {}, {}
+    parts: dict[Any, dict[str, list[Part]]] = defaultdict(lambda: defaultdict(list))
+    layers: dict[int, tuple[Any, torch.device]] = {}
+    dtypes: dict[str, torch.dtype] = {}
     device_of = _device_lookup(device_map)
     accelerators = [device for device in device_map.values() if device not in ("cpu", "disk")]
     for wanted in tensors:
@@ -420,7 +422,7 @@ def loading_result(
         names = tuple(signature(LoadStateDictInfo).parameters)
 
         def finish(index: Any) -> Any:
-            empty = {name: {} if name == "conversion_errors" else set() for name in names}
+            empty: dict[str, Any] = {name: {} if name == "conversion_errors" else set() for name in names}
             return LoadStateDictInfo(**{**empty, "error_msgs": []}), index
     else:  # 4.57
         get = given.get

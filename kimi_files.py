@@ -83,7 +83,7 @@ def open_direct(path: str) -> BinaryIO | None:
         return None
 
 
-def lies_in_page_cache(descriptor: int, size: int) -> bool:
+def is_in_page_cache(descriptor: int, size: int) -> bool:
     """Whether most of a file is in memory: asks for a byte at PROBES places without waiting. True if the system cannot say.
 
     Places are drawn anew each time: a byte that was asked for is in memory the next time.
@@ -113,7 +113,7 @@ class File:
         self.direct: BinaryIO | None = None
         size = os.fstat(self.handle.fileno()).st_size
         if direct is None:
-            direct = size >= DIRECT_FROM and not lies_in_page_cache(self.handle.fileno(), size)
+            direct = size >= DIRECT_FROM and not is_in_page_cache(self.handle.fileno(), size)
         if direct:
             # By the descriptor, not the name, which may be another file's by now.
             self.direct = open_direct(f"/proc/self/fd/{self.handle.fileno()}")
@@ -300,10 +300,11 @@ def zeros_for_weights(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 def landing(place: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Where a file's bytes go: `place` itself if it is in RAM and has their dtype, else new memory."""
-    straight = place is not None and place.device.type == "cpu" and place.dtype == dtype
-    return place if straight else torch.empty(shape, dtype=dtype)
+    if place is not None and place.device.type == "cpu" and place.dtype == dtype:
+        return place
+    return torch.empty(shape, dtype=dtype)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor in RAM."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

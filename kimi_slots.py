@@ -1,7 +1,7 @@
 """Slots that hold the busiest experts, and the files the others are read from. Knows tensors and files, no module.
 
     ExpertFiles   byte ranges of the shards, read into memory that is already there (a mapped file would count in the
-                  resident set, and nobody could say how much of it stays)
+                  resident set, by as much as the system chooses to keep)
     SlotCache     S slots on one device; a slot holds one expert of any layer. Slots of a projection are one
                   (S, N, M/8) tensor, so the products of `kimi_experts.py` multiply with them as they are
     Visit         one pass of a layer over the experts that its router chose: reads run ahead in threads while
@@ -211,9 +211,11 @@ class SlotCache:
             entry.pins += pin
             return entry
 
-    def await_entry(self, key: Key, entry: Entry) -> int:
+    def await_entry(self, key: Key, entry: Entry | None) -> int:
         """The slot, once the expert is in it. Raises what a read raised; then the slot is free and the next try reads
-        again."""
+        again. Raises RuntimeError if `claim` found no slot."""
+        if entry is None:
+            raise RuntimeError(f"all {self.capacity} slots of {self.device} are in use at once.")
         try:
             for read in entry.reads:
                 read.result()
@@ -238,16 +240,15 @@ class SlotCache:
             self.asked += 1
             self.worth.use([key])
             entry = self.claim(key, pin=True)
-        if entry is None:
-            raise RuntimeError(f"all {self.capacity} slots of {self.device} are in use at once.")
         try:
             slot = self.await_entry(key, entry)
             with torch.cuda.stream(stream):  # which does nothing for None
                 for name, tensor in out.items():
                     tensor.copy_(self.stacks[name][slot])
         finally:
-            with self.lock:
-                entry.pins -= 1
+            if entry is not None:
+                with self.lock:
+                    entry.pins -= 1
 
     def _find_slot(self, keep: Iterable[Key], spare: Iterable[Key] | None) -> int | None:
         if not self.free:
@@ -335,7 +336,8 @@ class Visit:
 
     def row_groups(self, topk_ids: torch.Tensor) -> Iterator[tuple[slice, set[int]]]:
         """Cuts rows of ids (R, K) so that the experts of a group fit the slots."""
-        start, group = 0, set()
+        start = 0
+        group: set[int] = set()
         for row, chosen in enumerate(topk_ids.tolist()):
             if len(group | set(chosen)) > self.cache.capacity:
                 yield slice(start, row), group

@@ -58,7 +58,8 @@ class Routing:
 @contextmanager
 def recorded_routing(model: nn.Module) -> Iterator[Routing]:
     routers = {int(name.split(".layers.")[1].split(".")[0]): m for name, m in named_routers(model)}
-    width = max((len(router.e_score_correction_bias) for router in routers.values()), default=0)
+    biases = [router.get_parameter("e_score_correction_bias") for router in routers.values()]
+    width = max(map(len, biases), default=0)
     routing = Routing(list(routers), torch.zeros(len(routers), width, dtype=torch.int64))
 
     def counter(row: torch.Tensor) -> Any:

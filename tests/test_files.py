@@ -74,7 +74,7 @@ def test_random_ranges(path, data):
         assert read(file, places) == [data[begin:end] for begin, end in places]
 
 
-def test_what_lies_far_between_is_not_read(path, data, monkeypatch):
+def test_bytes_far_between_two_ranges_are_not_read(path, data, monkeypatch):
     file, real, sizes = File(path, direct=True), kimi_files.read_exactly, []
     monkeypatch.setattr(
         kimi_files,
@@ -109,14 +109,14 @@ def test_a_file_that_another_one_replaced_stays_readable(path, data, monkeypatch
         os.replace(other, path)
         return False
 
-    monkeypatch.setattr(kimi_files, "lies_in_page_cache", replaced_meanwhile)
+    monkeypatch.setattr(kimi_files, "is_in_page_cache", replaced_meanwhile)
     stamp = file_stamp(path.stat())
     shard = Shard(str(path), stamp)
     assert not other.exists()
     assert read(shard, [(0, SIZE)]) == [data]
 
 
-def test_what_lies_in_the_page_cache_is_read_from_there(path, monkeypatch):
+def test_what_is_in_the_page_cache_is_read_from_there(path, monkeypatch):
     monkeypatch.setattr(kimi_files, "DIRECT_FROM", 0)
     answers = []
 

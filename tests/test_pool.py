@@ -161,7 +161,7 @@ def test_the_full_model_is_made_in_a_pool_without_its_experts(monkeypatch):
     from kimi.configuration_kimi import KimiK25Config
 
     config = KimiK25Config.from_pretrained(ROOT)
-    monkeypatch.setattr(kimi_sizes, "detect_ram", lambda: 2**45)
+    monkeypatch.setattr(kimi_pool, "detect_ram", lambda: 2**45)
     with torch.device("meta"), requested(10**9, "cuda"):
         model = Kimi._from_config(config, dtype=torch.bfloat16)
     sizes = sum(parameter.nbytes for parameter in model.parameters())
@@ -608,6 +608,13 @@ def test_a_small_tier_reads_from_a_large_one_and_that_from_disk():
     assert near.misses > 5 and ram.misses == 5 and not any(entry.pins for entry in ram.entries.values())
     use(near, *range(10, 30))
     assert len(near.entries) == 3 and len(ram.entries) == 8
+
+
+def test_a_tier_whose_slots_are_all_pinned_says_so():
+    ram = counted_cache(1)
+    ram.claim((0, 1), pin=True)
+    with pytest.raises(RuntimeError, match=r"all 1 slots of cpu are in use at once"):
+        use(counted_cache(1, source=ram), 2)
 
 
 def test_two_tiers_give_the_logits_of_resident_experts(folder, resident, one, monkeypatch):
