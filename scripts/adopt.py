@@ -16,11 +16,12 @@
     all else                  left alone. The published code has other file names, which auto_map no longer names;
                               some engines import them by name
 
-The folder is checked as it would be afterwards (scripts.check), and refused if a check fails: then nothing is written.
+The folder is checked as it would be afterwards (scripts.check), and refused if a check fails: then nothing is
+written.
 
-Each file is replaced in one step, and a manifest of all of them is written first. So an interrupted run leaves every file
-either old or new; the same command completes it and --undo reverts it. Links are replaced, never written through: a
-snapshot in the Hub's cache links to blobs that other snapshots share.
+Each file is replaced in one step, and a manifest of all of them is written first. So an interrupted run leaves every
+file either old or new; the same command completes it and --undo reverts it. Links are replaced, never written
+through: a snapshot in the Hub's cache links to blobs that other snapshots share.
 
 Exit status: 0 done, or nothing to do; 1 the folder fails a check; 2 refused for another reason, which is printed.
 """

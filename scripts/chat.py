@@ -5,7 +5,7 @@
     /image PATH    adds a picture to the next message        /new     forgets the conversation
     /video PATH    adds a clip to the next message           /quit    ends, as does the end of the input
 
-Ctrl-C ends an answer. Reads lines from a pipe, too; what it writes there has no colours. Each turn computes only what is
+Ctrl-C ends an answer. Reads lines from a pipe, too; its output there has no colours. Each turn computes only what is
 new: the cache of the turns before is kept (see serve/engine.py).
 """
 
@@ -25,7 +25,7 @@ DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "kimi-tiny"
 
 
 class Chat:
-    """A conversation with an engine. `messages` grows by two with each turn that came to an end."""
+    """A conversation with an engine. `messages` grows by two with each finished turn."""
 
     def __init__(self, engine: Engine, sampling: Sampling, out: TextIO):
         self.engine, self.sampling, self.out = engine, sampling, out
@@ -57,7 +57,7 @@ class Chat:
         elif command in ("/image", "/video"):
             self.attach(command[1:], rest.strip())
         elif command.startswith("/") and "/" not in command[1:]:
-            self.note(f"{one_line(command)} is no command; there are {HELP}\n")
+            self.note(f"{one_line(command)} is not a command; the commands are {HELP}\n")
         else:
             self.answer(line)
 

@@ -84,7 +84,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def demand(condition: bool, sentence: str) -> None:
+def require(condition: bool, sentence: str) -> None:
     if not condition:
         raise ValueError(sentence)
 
@@ -95,8 +95,8 @@ def demand(condition: bool, sentence: str) -> None:
 def check_config(folder: Path, state: dict[str, Any]) -> str:
     raw = read_json(folder, "config.json")
     for name, wanted in (("model_type", "kimi_k25"), ("architectures", ["KimiK25ForConditionalGeneration"])):
-        demand(raw.get(name) == wanted, f"{name} is {raw.get(name)!r}, expected {wanted!r}")
-    demand("tie_word_embeddings" in raw, "tie_word_embeddings is not stated; transformers 5 would take true")
+        require(raw.get(name) == wanted, f"{name} is {raw.get(name)!r}, expected {wanted!r}")
+    require("tie_word_embeddings" in raw, "tie_word_embeddings is not stated; transformers 5 would take true")
     state["config.json"] = config = KimiK25Config(**raw)
     text, published = raw["text_config"], read_json(ROOT, "config.json")["text_config"]
     other = [name for name in published if name in text and text[name] != published[name]]
@@ -108,7 +108,7 @@ def check_config(folder: Path, state: dict[str, Any]) -> str:
 
 def check_shards(folder: Path, state: dict[str, Any]) -> str:
     files = sorted(folder.glob("model*.safetensors"))
-    demand(bool(files), "no model*.safetensors file")
+    require(bool(files), "no model*.safetensors file")
     sources = read_sources([str(file) for file in files], None, None)
     ends: dict[str, int] = {}
     for source in sources.values():
@@ -116,7 +116,7 @@ def check_shards(folder: Path, state: dict[str, Any]) -> str:
     for file in files:
         size = file.stat().st_size
         end = ends.get(str(file), size)
-        demand(end == size, f"{file.name} has {size} bytes, its header accounts for {end}")
+        require(end == size, f"{file.name} has {size} bytes, its header accounts for {end}")
     state["shards"] = sources
     total = sum(source.end - source.begin for source in sources.values())
     return f"{len(files)} files, {total:,} bytes of tensors"
@@ -125,21 +125,21 @@ def check_shards(folder: Path, state: dict[str, Any]) -> str:
 def check_index(folder: Path, state: dict[str, Any]) -> str:
     sources = state["shards"]
     if not (folder / "model.safetensors.index.json").is_file():
-        demand(
+        require(
             len({source.file for source in sources.values()}) == 1, "model.safetensors.index.json is missing"
         )
         return "none needed for one shard"
     index = read_json(folder, "model.safetensors.index.json")
     places = {name: Path(source.file).name for name, source in sources.items()}
     for name, file in index["weight_map"].items():
-        demand(name in places, f"the index names {name} in {file}, which no shard has")
-        demand(places[name] == file, f"the index says {name} is in {file}, it is in {places[name]}")
+        require(name in places, f"the index names {name} in {file}, which no shard has")
+        require(places[name] == file, f"the index says {name} is in {file}, it is in {places[name]}")
     extra = [name for name in places if name not in index["weight_map"]]
-    demand(not extra, f"the index lacks {len(extra)} tensors, the first {extra[:1]}")
+    require(not extra, f"the index lacks {len(extra)} tensors, the first {extra[:1]}")
     total = sum(source.end - source.begin for source in sources.values())
     stated = index.get("metadata", {}).get("total_size")
-    demand(stated in (None, total), f"the index states {stated:,} bytes, the shards have {total:,}")
-    return f"{len(places):,} tensors, all where it says"
+    require(stated in (None, total), f"the index states {stated:,} bytes, the shards have {total:,}")
+    return f"{len(places):,} tensors, all where the index says"
 
 
 def check_tensors(folder: Path, state: dict[str, Any]) -> str:
@@ -151,7 +151,7 @@ def check_tensors(folder: Path, state: dict[str, Any]) -> str:
     for name, published in tensors.items():
         if name in sources and sources[name].dtype != published.target.dtype:
             free = name.endswith(("weight_shape", "weight_scale"))  # other exporters write int64 and fp16
-            demand(free, f"{name} is {sources[name].dtype}, published as {published.target.dtype}")
+            require(free, f"{name} is {sources[name].dtype}, published as {published.target.dtype}")
     total = sum(source.end - source.begin for source in sources.values())
     published = "; the published number of bytes" if total == PUBLISHED_BYTES else ""
     return f"names, shapes and dtypes of {len(sources):,} tensors{published}"
@@ -164,14 +164,14 @@ def check_vocabulary(folder: Path, state: dict[str, Any]) -> str:
     state["tiktoken.model"] = tokenizer = TikTokenTokenizer.from_pretrained(folder)
     config = state["config.json"]
     size = tokenizer.vocab_size
-    demand(
+    require(
         size == config.text_config.vocab_size,
         f"the vocabulary has {size} tokens, config.json says vocab_size {config.text_config.vocab_size}",
     )
     digest = hashlib.sha256((folder / "tiktoken.model").read_bytes()).hexdigest()
     if size != PUBLISHED_BASE + NUM_RESERVED:
         return f"{size} tokens, a vocabulary of its own (sha256 {digest[:12]}...)"
-    demand(digest == PUBLISHED_TIKTOKEN, f"sha256 is {digest}, published is {PUBLISHED_TIKTOKEN}")
+    require(digest == PUBLISHED_TIKTOKEN, f"sha256 is {digest}, published is {PUBLISHED_TIKTOKEN}")
     return f"{size} tokens, sha256 as published"
 
 
@@ -180,14 +180,14 @@ def check_special_tokens(folder: Path, state: dict[str, Any]) -> str:
     base = tokenizer.vocab_size - NUM_RESERVED
     for offset, name in NAMED_TOKENS.items():
         found = tokenizer.convert_tokens_to_ids(name)
-        demand(found == base + offset, f"{name} has id {found}, expected {base + offset}")
+        require(found == base + offset, f"{name} has id {found}, expected {base + offset}")
     pad = tokenizer.convert_tokens_to_ids("<|media_pad|>")
     stated = config.media_placeholder_token_id
-    demand(stated == pad, f"config.json says media_placeholder_token_id {stated}, <|media_pad|> is {pad}")
+    require(stated == pad, f"config.json says media_placeholder_token_id {stated}, <|media_pad|> is {pad}")
     for where, part in (("config.json", config), ("text_config", config.text_config)):
         ids = part.eos_token_id if isinstance(part.eos_token_id, list) else [part.eos_token_id]
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        demand(end in ids, f"{where} ends at {ids}, which is not <|im_end|> ({end})")
+        require(end in ids, f"{where} ends at {ids}, which is not <|im_end|> ({end})")
     return f"{len(NAMED_TOKENS)} names at {base} and after"
 
 
@@ -211,14 +211,14 @@ SAMPLE: list[dict[str, Any]] = [
 
 def check_template(folder: Path, state: dict[str, Any]) -> str:
     path = folder / "chat_template.jinja"
-    demand(path.is_file(), "chat_template.jinja is missing")
+    require(path.is_file(), "chat_template.jinja is missing")
     theirs, ours = (
         path.read_text(encoding="utf-8"),
         (ROOT / "chat_template.jinja").read_text(encoding="utf-8"),
     )
     tokenizer = state["tiktoken.model"]
     texts = [tokenizer.apply_chat_template(SAMPLE, tokenize=False, chat_template=t) for t in (theirs, ours)]
-    demand(texts[0] == texts[1], f"renders {texts[0]!r}, expected {texts[1]!r}")
+    require(texts[0] == texts[1], f"renders {texts[0]!r}, expected {texts[1]!r}")
     return "this repository's" if theirs == ours else "another text that renders the same"
 
 
@@ -229,25 +229,25 @@ def check_generation(folder: Path, state: dict[str, Any]) -> str:
     settings = read_json(folder, "generation_config.json")
     ids = settings.get("eos_token_id")
     end = state["tiktoken.model"].convert_tokens_to_ids("<|im_end|>")
-    demand(end in (ids if isinstance(ids, list) else [ids]), f"eos_token_id {ids} lacks <|im_end|> ({end})")
+    require(end in (ids if isinstance(ids, list) else [ids]), f"eos_token_id {ids} lacks <|im_end|> ({end})")
     return f"stops at {ids}"
 
 
 def check_media(folder: Path, state: dict[str, Any]) -> str:
     settings = read_json(folder, "preprocessor_config.json")
     lacking = [key for key in MEDIA_KEYS if key not in settings.get("media_proc_cfg", {})]
-    demand(not lacking, f"media_proc_cfg lacks {', '.join(lacking)}")
+    require(not lacking, f"media_proc_cfg lacks {', '.join(lacking)}")
     auto = settings.get("auto_map", {})
     missing = {"AutoProcessor", "AutoImageProcessor"} - auto.keys()
-    demand(not missing, f"auto_map lacks {', '.join(sorted(missing))}")
+    require(not missing, f"auto_map lacks {', '.join(sorted(missing))}")
     return f"media_proc_cfg with {len(settings['media_proc_cfg'])} settings"
 
 
 def check_code(folder: Path, state: dict[str, Any]) -> str:
-    """Every file that auto_map needs is there; whether it is this repository's is told, not demanded."""
+    """Every file that auto_map needs is there; whether it is this repository's is reported, not required."""
     ours = sorted([*ROOT.glob("*_kimi.py"), *ROOT.glob("kimi_*.py")])
     lacking = [path.name for path in ours if not (folder / path.name).is_file()]
-    demand(not lacking, f"{', '.join(lacking)} missing: copy this repository's files beside the weights")
+    require(not lacking, f"{', '.join(lacking)} missing: python -m scripts.adopt puts them there")
     other = [path.name for path in ours if (folder / path.name).read_bytes() != path.read_bytes()]
     return f"{len(ours)} files" + (f", of another version: {', '.join(other)}" if other else ", all as here")
 

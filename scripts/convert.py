@@ -7,11 +7,11 @@
     python -m scripts.convert gguf   SRC IN.gguf OUT.gguf  the experts of a GGUF file as Q4_0, with the same values
 
 A tensor is in memory while it is converted and no longer. Each shard is read back behind its writer and compared with what
-was written; its SHA-256 goes into SHA256SUMS (`sha256sum -c SHA256SUMS` checks a copy). The same command again goes on where
-it was interrupted. DST gets all other files of SRC.
+was written; its SHA-256 goes into SHA256SUMS (`sha256sum -c SHA256SUMS` checks a copy). The same command resumes an
+interrupted run. DST gets all other files of SRC.
 
-int4 of bf16 that came from int4 is the int4 it came from, bit for bit: the scale of a group is found again from the
-values. Groups that no int4 group can have made are rounded to it, and counted.
+int4 -> bf16 -> int4 gives the same bits: the scale of a group is found again from its values. Groups whose values no
+int4 group has are rounded, and counted.
 """
 
 import argparse
@@ -50,7 +50,7 @@ LARGEST_CODE = 7
 
 @dataclass
 class Output:
-    """One tensor of the new checkpoint: what it is, which source tensors it needs, and how it is made of them."""
+    """One tensor of the new checkpoint: what it is, which source tensors it needs, and how it is computed."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -170,7 +170,7 @@ def recover_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]
     """(N, M) to words, scales, and how many groups changed by it.
 
     absmax / 7 is what the model was trained with; where its values do not come out exactly, the other scales that int4
-    could have had are tried: the largest value may have been any code, and division rounds.
+    could have had are tried: the largest value may have had any code, and division rounds.
     """
     words, scale = quantize_int4(weight, LARGEST_CODE)
     groups = weight.unflatten(-1, (-1, GROUP_SIZE)).float()  # (N, M/32, 32)
@@ -280,7 +280,7 @@ def convert(
     change_config: Callable[[dict[str, Any]], None],
     max_shard_size: int | str = "10GB",
 ) -> Report:
-    """Writes `target`, going on where an earlier run stopped. Raises ValueError for a folder of another conversion."""
+    """Writes `target`, resuming an interrupted run. Raises ValueError for a folder of another conversion."""
     report, config = Report(), json.loads((source / "config.json").read_bytes())
     change_config(config)
     sources = read_checkpoint(source)
@@ -354,7 +354,7 @@ def write_checked(path: Path, entries: Entries, stream: Callable) -> str:
         write_shard(partial, entries, followed, written.add)
         expected, read = written.hexdigest(), found.hexdigest()
     if read != expected:
-        raise OSError(f"{partial} is not what was written: the disk or its cable is at fault.")
+        raise OSError(f"{partial} is not what was written: the disk or its connection is faulty.")
     os.replace(partial, path)
     return expected
 
@@ -600,7 +600,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> str:
     source, target = options.source, options.paths[-1]
     if options.what == "gguf":
-        return f"{exact_gguf(source, options.paths[0], target)} expert tensors of {target} are the published int4, exactly."
+        return f"{exact_gguf(source, options.paths[0], target)} expert tensors of {target} have the same int4 values as {source}."
     if options.what == "mlx":
         return f"{target}: {link_weights(source, target, mlx_config)} files linked, config.json changed."
     plans: dict[str, tuple[Callable, Callable]] = {

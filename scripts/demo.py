@@ -52,11 +52,11 @@ def bytes_resident(model: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t.device.type != "meta")
 
 
-# --- something to look at -------------------------------------------------------------------------------------------
+# --- media --------------------------------------------------------------------------------------------------------
 
 
 def make_clip() -> tuple[Any, list[Image.Image], str]:
-    """A purple circle that rests and then crosses the picture: an MP4 in memory where PyAV can encode one, else its
+    """A purple circle that rests and then crosses the frame: an MP4 in memory where PyAV can encode one, else its
     frames; the frames; and what it is."""
     frames = draw_clip(
         Shape("purple", "circle"), "from left to right", MOVES_AT, 13, FPS * SECONDS, random.Random(4)
@@ -85,7 +85,7 @@ def colour(rgb: tuple[int, int, int]) -> str:
 
 
 def describe_item(processor: Any, item: dict[str, Any], size: tuple[int, int]) -> str:
-    """What becomes of an image or a chunk: pixels, patches, tokens."""
+    """Sizes of an image or a chunk: pixels, patches, tokens."""
     settings = processor.image_processor.media_proc_cfg
     found = processor.image_processor.get_resize_config(item)
     width, height = found["new_width"], found["new_height"]

@@ -1,9 +1,9 @@
 """Which device holds what: an exact search over all ways to cut the chain of layers.
 
 A device takes consecutive layers, whole, and any of three modules outside the chain (embeddings, vision, head). The
-search keeps as many layers' experts on accelerators as can be; among those ways it fills the devices most evenly. What
-is left of the experts goes to RAM, and then stays on disk. Being exact, it refuses a machine only if nothing fits, and
-more memory never makes a plan fail.
+search keeps the experts of as many layers as possible on accelerators; among those ways it fills the devices most
+evenly. The other experts go to RAM, and what does not fit there stays on disk. Being exact, it refuses a machine only
+if nothing fits, and more memory never makes a plan fail.
 """
 
 from collections.abc import Sequence
@@ -111,7 +111,7 @@ class Job:
 
 
 SPECIALS = ("embed", "vision", "head")  # modules outside the chain of layers, bits 0, 1, 2 of a mask
-# What goes to RAM if the accelerators are too small for the spine, least first.
+# Modules that go to RAM if the accelerators are too small for the spine, the smallest set first.
 OUTSIDES: tuple[tuple[str, ...], ...] = ((), ("vision",), ("embed", "vision"))
 PATHS = {
     "embed": ("language_model.model.embed_tokens", "language_model.model.rotary_emb"),
@@ -150,7 +150,7 @@ BEFORE, FIRST = AFTER & ~TAKEN, np.searchsorted(AFTER, range(8))
 # Cached, since a search for the least RAM, or for a disk, asks about the same accelerators again and again.
 @lru_cache(maxsize=256)
 def _place(layers: Chain, budgets: tuple[int, ...], specials: tuple[int, ...]) -> tuple[Run, ...] | None:
-    """Runs of layers for devices with so many bytes for weights and cache, or None if not even the spine fits.
+    """Runs of layers for devices with these bytes for weights and cache, or None if not even the spine fits.
 
     Dynamic programming over devices in order. State: layers placed so far, and which specials. Value: layers whose
     experts are on a device, first; then evenness, as minus the sum of squared fills; then specials at their ends.
@@ -174,7 +174,7 @@ WORTH_OF_EXPERTS = 1e4  # more than any sum of squared fills and detours
 
 @lru_cache(maxsize=64)  # the GPUs of a node are alike
 def _gains(layers: Chain, budget: int, specials: tuple[int, ...]) -> np.ndarray:
-    """(8, count + 1, count + 1): what it is worth that a device takes a mask of specials and layers [from, to)."""
+    """(8, count + 1, count + 1): the value of a device taking a mask of specials and layers [from, to)."""
     spine, moe, experts = layers
     spines, moes = np.concatenate(([0.0], np.cumsum(spine))), np.concatenate(([0], np.cumsum(moe)))
     gains = np.full((8, len(spines), len(spines)), -np.inf)
@@ -192,7 +192,7 @@ def _gains(layers: Chain, budget: int, specials: tuple[int, ...]) -> np.ndarray:
 
 def _detours(device: int, count: int) -> np.ndarray:
     """(8,): the cost of a mask of specials away from their end of the chain: embeddings and vision first, the head last.
-    A device of distance outweighs what evenness there is to win, so they move only where they do not fit.
+    One device of distance costs more than evenness can gain, so they move only where they do not fit.
     """
     distances = (device, device, count - 1 - device)
     return np.array(
@@ -203,7 +203,7 @@ def _detours(device: int, count: int) -> np.ndarray:
 def _trace(
     layers: Chain, budgets: tuple[int, ...], specials: tuple[int, ...], history: Sequence[np.ndarray]
 ) -> tuple[Run, ...]:
-    """The way that led to the best value, from the last device to the first."""
+    """The choices that led to the best value, from the last device to the first."""
     spine, moe, experts = layers
     mask, end, runs = 7, len(spine), []
     for device in reversed(range(len(budgets))):
@@ -271,8 +271,8 @@ def attempt(machine: Machine, job: Job, chunk: int, outside: tuple[str, ...]) ->
     else:
         budgets = [ram - job.workspace(chunk)]
     has_files = machine.disk_bytes >= job.checkpoint_bytes
-    homeless = 0 if has_files else sum(job.chain.moe) * job.experts - (ram if machine.gpus else 0)
-    if ram < 0 or sum(budget for budget in budgets if budget > 0) < _least(job, outside) + max(0, homeless):
+    unplaced = 0 if has_files else sum(job.chain.moe) * job.experts - (ram if machine.gpus else 0)
+    if ram < 0 or sum(budget for budget in budgets if budget > 0) < _least(job, outside) + max(0, unplaced):
         return None  # the common case of a refusal, found without a search
     runs = _place(job.chain, tuple(budgets), _special_bytes(job, chunk, outside))
     if runs is None:
@@ -290,7 +290,7 @@ def attempt(machine: Machine, job: Job, chunk: int, outside: tuple[str, ...]) ->
 
 
 def _least(job: Job, outside: Sequence[str]) -> int:
-    """Bytes that must lie on accelerators in any case."""
+    """Bytes that must be on accelerators in any case."""
     return sum(job.chain.spine) + sum(
         sum(job.modules.get(path, {}).values())
         for name in SPECIALS

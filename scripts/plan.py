@@ -3,26 +3,27 @@
     python -m scripts.plan --gpus 8xH200
     python -m scripts.plan --gpus 1x24GB --ram 768GB --context 16384 --json
 
-Everything follows from config.json. The model is a chain of layers between three modules that may lie anywhere:
+Everything follows from config.json. The model is a chain of layers between three modules that may be placed anywhere:
 
     embed_tokens                                                 2.35 GB
     vision_tower, mm_projector                                   0.94 GB
     layers.0 .. layers.60   each a *spine* of attention,         0.29 GB (layer 0, which is dense: 1.00 GB)
                             norms, router, shared expert
                             its part of the latent cache         1,152 bytes for each token of context
-                            and, from layer 1 on, its experts    9.51 GB: 384 of 24.8 MB, the only part that may lie
-                                                                 in RAM or stay in the files on disk
+                            and, from layer 1 on, its experts    9.51 GB: 384 of 24.8 MB, the only part that may be
+                                                                 in RAM or in the files on disk
     norm, lm_head                                                2.35 GB
 
 Devices take consecutive layers, whole, and any of the three modules. placement.py searches all such ways; experts
 that no accelerator can hold go to RAM, and then stay on disk. Sizes come from kimi_sizes.py, cards from kimi_machine.py.
 
-The ceiling is bytes read per token over bandwidth, layers one after the other, experts computed where they lie (those
-in RAM or on disk by the CPU, so weights never cross PCIe). No launch, no synchronisation and no arithmetic is counted:
-nothing can be faster, and what is well written comes near it.
+The ceiling is bytes read per token over bandwidth, layers one after the other, experts computed where they are stored
+(those in RAM or on disk by the CPU, so weights never cross PCIe). No launch, no synchronisation and no arithmetic is
+counted: nothing can be faster, and good code comes near it.
 
-Units: bytes; GB is 10^9 bytes in everything printed. In what you type, a size is read as it is sold: `80GB` of GPU or
-RAM is 80 GiB of chips, of which CUDA shows about 98 %; `2TB` of disk is 2 * 10^12 bytes. GiB and TiB are taken exactly.
+Units: bytes; GB is 10^9 bytes in everything printed. In what you type, a size means what vendors mean by it: `80GB`
+of GPU or RAM is 80 GiB of chips, of which CUDA shows about 98 %; `2TB` of disk is 2 * 10^12 bytes. GiB and TiB are
+taken exactly.
 """
 
 import argparse
@@ -166,7 +167,7 @@ def _validate(machine: Machine, job: Job) -> None:
     limit = job.config.text_config.max_position_embeddings
     if not 1 <= job.context <= limit:
         raise ValueError(
-            f"context {job.context} must lie between 1 and max_position_embeddings {limit} tokens."
+            f"context {job.context} must be between 1 and max_position_embeddings {limit} tokens."
         )
     if job.batch < 1:
         raise ValueError(f"batch is {job.batch}; at least one sequence must be planned.")
@@ -216,7 +217,7 @@ def _run_devices(machine: Machine, placement: Placement) -> list[tuple[int | str
 
 
 def _device_map(machine: Machine, job: Job, placement: Placement) -> dict[str, int | str]:
-    """Module path -> device, for `from_pretrained`. Layers are whole; whose experts lie elsewhere, the tiers say."""
+    """Module path -> device, for `from_pretrained`. Layers are whole, but for experts that the tiers put elsewhere."""
     found: dict[str, int | str] = {path: "cpu" for name in placement.outside for path in PATHS[name]}
     for device, run in _run_devices(machine, placement):
         for name in run.specials:
@@ -227,14 +228,14 @@ def _device_map(machine: Machine, job: Job, placement: Placement) -> dict[str, i
 
 
 def _order(path: str) -> tuple[int, int]:
-    """The order of a token's way: media, embeddings, layers, head."""
+    """The order of the computation: media, embeddings, layers, head."""
     layer = path.rpartition(".layers.")[2]
     front = (*PATHS["vision"], *PATHS["embed"])
     return (1, int(layer)) if layer.isdigit() else (0, front.index(path)) if path in front else (2, len(path))
 
 
 def _expert_tiers(machine: Machine, job: Job, placement: Placement) -> dict[int, str]:
-    """The home of each MoE layer's experts: those first in a device's run stay with it, then RAM fills, then disk."""
+    """The tier of each MoE layer's experts: a device keeps the first of its run, then RAM is filled, then the disk."""
     moe, tiers, rest = job.chain.moe, {}, []
     for run in placement.runs:
         layers = [idx for idx in range(run.begin, run.end) if moe[idx]]
@@ -345,7 +346,7 @@ def _notes(machine: Machine, job: Job, placement: Placement, tiers: dict[int, st
         )
     elif "disk" in tiers.values():
         notes.append(
-            'Load it with from_pretrained(..., expert_cache="auto"): RAM then has whichever experts are busy, of any layer.'
+            'Load it with from_pretrained(..., expert_cache="auto"): RAM then holds the experts used most, of any layer.'
         )
     if "disk" in tiers.values():
         notes.append(
@@ -460,7 +461,7 @@ def _less_to_run(machine: Machine, job: Job) -> Iterator[Alternative]:
 
 
 def _more_host(machine: Machine, job: Job) -> Iterator[Alternative]:
-    """Enough RAM for the experts that lie nowhere yet, in steps of 1 GiB; or the disk under the RAM there is."""
+    """Enough RAM for the experts that have no place yet, in steps of 1 GiB; or the disk under the RAM there is."""
     have, most = machine.ram_bytes // GIB, _enough(job) // GIB + 1
     ram = _first(have + 1, have + most, lambda n: _fits(replace(machine, ram_bytes=n * GIB), job))
     if ram is not None:
@@ -549,7 +550,7 @@ def plain_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def closing_lines(result: Plan) -> list[str]:
-    """What stands under the table: tiers, ceiling, notes, or what would fit."""
+    """The lines below the table: tiers, ceiling, notes, or what would fit."""
     lines = []
     if result.fits:
         tiers = list(result.expert_tiers.values())
@@ -566,7 +567,7 @@ def closing_lines(result: Plan) -> list[str]:
         lines.append("What would fit (ceiling in tokens/s):")
         lines += [f"  {other.change} ({_rate(other.tokens_per_s)})" for other in result.alternatives]
     else:
-        lines.append("No smaller context, more RAM or more of the same GPUs would do.")
+        lines.append("No smaller context, more RAM or more of the same GPUs would make it fit.")
     return lines
 
 
@@ -609,8 +610,8 @@ def read_config(folder: str) -> KimiK25Config:
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.plan",
-        description="Says what fits where, before a byte of the weights is read.",
-        epilog="Exit status: 0 fits, 1 does not fit, 2 the question is not understood.",
+        description="Says what fits where. Reads no weights.",
+        epilog="Exit status: 0 fits, 1 does not fit, 2 the arguments are wrong.",
     )
     add = parser.add_argument
     add("--gpus", default="detected", help="8xH200, 8x80GB, 4xH100,4xA100, detected (default) or none")

@@ -4,13 +4,13 @@
     model-0000N-of-00000M.safetensors, index     int4 experts, dense rest, vision tower, projector
     tiktoken.model, tokenizer_config.json,       a vocabulary of its own, 256 reserved ids after it
     chat_template.jinja, preprocessor_config.json
-    *_kimi.py, kimi_*.py                         the code, as it lies beside the published weights
+    *_kimi.py, kimi_*.py                         the code, as beside the published weights
 
 Each tensor is seeded by its name and made when it is written, so a checkpoint of any size needs the memory of one
-tensor. Weights are random: such a model is exact to test with and says nothing sensible.
+tensor. Weights are random: such a model serves exact tests and its text means nothing.
 
-`real_width` gives the published sizes for a few layers: `python benchmarks/bench_pool.py --make FOLDER` writes 36 GB so.
-Large tensors are drawn from tables of 65,536 values, about as fast as a disk writes.
+`real_width` gives the published sizes for a few layers: `python benchmarks/bench_pool.py --make FOLDER` writes such a
+checkpoint of 36 GB. Large tensors are drawn from tables of 65,536 values, about as fast as a disk writes.
 """
 
 import json
@@ -101,7 +101,7 @@ def write_tokenizer(folder: Path, num_merges: int = 600, text: str = SAMPLE, cop
 
 
 def files_beside_weights() -> list[Path]:
-    """What every checkpoint has as it lies here: the code, the template and the settings of the image processor."""
+    """The files that are the same in every checkpoint: the code, the template, the image processor's settings."""
     patterns = ("*_kimi.py", "kimi_*.py", "chat_template.jinja", "preprocessor_config.json")
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
 
@@ -146,7 +146,7 @@ def write_model_configs(folder: Path, base: int, text: dict[str, Any], vision: d
     config["vision_config"].update(
         mm_hidden_size=sizes["vt_hidden_size"], text_hidden_size=config["text_config"]["hidden_size"]
     )
-    # transformers' own class has other names yet, and the full model's sizes and ids where they are missing.
+    # transformers' own class reads other names, and takes the full model's sizes and ids where they are missing.
     config["vision_config"].update(
         pos_emb_height=sizes["init_pos_emb_height"], pos_emb_width=sizes["init_pos_emb_width"]
     )
@@ -158,7 +158,7 @@ def write_model_configs(folder: Path, base: int, text: dict[str, Any], vision: d
 
 
 def write_random_weights(folder: Path, seed: int, max_shard_size: int | str) -> None:
-    """Shards for the config.json that lies in `folder`."""
+    """Shards for the config.json in `folder`."""
     config = KimiK25Config(**json.loads((folder / "config.json").read_bytes()))
     with torch.device("meta"):
         model = KimiK25ForConditionalGeneration(config).bfloat16()

@@ -1,8 +1,8 @@
-"""A small tiktoken vocabulary, trained on the spot: the file format of the published one, a few hundred tokens.
+"""A small tiktoken vocabulary, trained when it is written: the file format of the published one, a few hundred tokens.
 
 Byte-level BPE on the sample below: the 256 bytes are ranks 0-255, then each rank is the pair of tokens that was most
-frequent when it was made. One line of the file is `base64(token bytes) rank`. The trainer is plain and slow, which is
-no matter for a sample of one page; it imports nothing but the standard library.
+frequent when it was made. One line of the file is `base64(token bytes) rank`. The trainer is plain and slow, which does
+not matter for a sample of one page; it imports nothing but the standard library.
 """
 
 import base64

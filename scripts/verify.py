@@ -4,12 +4,12 @@
     python -m scripts.verify DUMP.safetensors          intermediates that a port wrote under the names of reference/stages.json
     python -m scripts.verify http://127.0.0.1:8000/v1  an OpenAI endpoint: prompt lengths and greedy answers
     python -m scripts.verify FOLDER --dump OUT.safetensors      writes every intermediate, whole
-    python -m scripts.verify FOLDER --record           makes the recorded values anew (float64, plain torch)
+    python -m scripts.verify FOLDER --record           records the values again (float64, plain torch)
 
 The values in reference/ were recorded from kimi-tiny with the reference path in float64 (what the model itself does in
 float32 stays so: rotation, softmax, the router). Stages come in the order of the
 computation: tokenizer, template, pixels, vision tower, projector, then for each layer norm, attention, router, experts,
-and at the end logits and text. The first that differs is where to look; those after it differ because of it.
+and at the end logits and text. The first that differs is where to look; the later ones differ because of it.
 """
 
 import argparse
@@ -33,8 +33,8 @@ REFERENCE = ROOT / "reference"
 # Largest difference over largest value. float32 stays below half of its bound on the models it was tried on.
 TOLERANCES = {"float64": 2e-6, "float32": 5e-6, "bfloat16": 0.15}
 COARSE = 1e-3  # from this tolerance on: norms instead of the largest difference, and a few other choices of the router
-OTHER_CHOICES = 0.1  # share of its choices that may then differ, since near ties fall either way
-EVERY = 4  # of the decoder's positions one in so many is recorded
+OTHER_CHOICES = 0.1  # share of its choices that may then differ, since near ties are decided by rounding
+EVERY = 4  # every fourth of the decoder's positions is recorded
 LOGIT_ROWS = 8  # the last positions, of which logits are recorded
 TIMEOUT = 120  # seconds for an answer of an endpoint
 MAX_REPLY = 10_000_000  # bytes
@@ -62,7 +62,7 @@ def picture(height: int, width: int, shift: int = 0) -> np.ndarray:
 
 
 def conversation() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Messages and tools that reach every part: a picture, a clip of two chunks, thoughts, a call and its result."""
+    """Messages and tools that use every part: a picture, a clip of two chunks, thoughts, a call and its result."""
     clip = [picture(28, 56, shift) for shift in range(5)]
     call = {
         "id": "functions.get_weather:0",
@@ -270,7 +270,7 @@ def compare(stage: str, want: Any, got: Any, tolerance: float) -> Verdict:
 
 
 def first_difference(want: Any, got: Any) -> str:
-    """Where two texts or lists part."""
+    """Where two texts or lists differ first."""
     if isinstance(want, list) and isinstance(got, list) and want and isinstance(want[0], list):
         index = next((i for i, pair in enumerate(zip(want, got, strict=False)) if pair[0] != pair[1]), 0)
         return f"item {index}: {first_difference(want[index], got[index])}"
@@ -373,7 +373,7 @@ def verdicts(what: str, dtype: str, model: str | None = None, key: str | None = 
     else:
         loaded, processor = load(Path(what), getattr(torch, dtype))
         tensors, texts = stages(loaded, processor)
-        if dtype != "bfloat16":  # whose greedy text may part from the recorded one by a rounding
+        if dtype != "bfloat16":  # whose greedy text may differ from the recorded one by a rounding
             texts["answers"] = answers(loaded, processor, QUESTIONS)
         yield from compare_all(tensors, texts, tolerance)
 
@@ -399,7 +399,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", help="a folder, a dump, or the address of an endpoint")
     parser.add_argument("--dtype", choices=list(TOLERANCES), default="float32")
     parser.add_argument("--dump", type=Path, help="write every intermediate there")
-    parser.add_argument("--record", action="store_true", help="make reference/ anew from this folder")
+    parser.add_argument("--record", action="store_true", help="record reference/ again from this folder")
     parser.add_argument("--model", help="an endpoint's model; its first by default")
     parser.add_argument("--api-key", help="of an endpoint")
     options = parser.parse_args(arguments)

@@ -50,7 +50,7 @@ from .engine import Completion, Engine, Job, load
 
 log = logging.getLogger("kimi.serve")
 
-KEEP_ALIVE_S = 10.0  # between two signs of life on a stream that waits for its turn
+KEEP_ALIVE_S = 10.0  # between two comments on a stream whose request waits in the queue
 NUM_READERS = 2  # threads that fetch and decode media
 NOTICE = (
     "This server answers one request at a time: it is for one machine and few users. For more, serve the same folder with\n"
@@ -69,7 +69,7 @@ class JSON(Response):
 
 
 class Service:
-    """The handlers, and what they share."""
+    """The handlers and their common state."""
 
     def __init__(self, engine: Engine, name: str, api_key: str | None, limits: Limits, loopback_only: bool):
         self.engine, self.name, self.limits = engine, name, limits
@@ -93,7 +93,7 @@ class Service:
         return JSON({"status": "ok", "admitted": self.engine.num_admitted, "places": self.engine.num_places})
 
     async def chat(self, request: Request) -> Response:
-        """A place in the queue first, or 429: two hundred clients must not each have their pictures decoded."""
+        """A place in the queue first, or 429: without one nothing of a request is read, and no picture decoded."""
         self.check_caller(request)
         self.engine.admit()
         place = contextlib.ExitStack()
@@ -107,7 +107,7 @@ class Service:
             events: asyncio.Queue[Any] = asyncio.Queue()
 
             def emit(item: Any) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                with contextlib.suppress(RuntimeError):  # the loop is closed, so there is no reader
                     loop.call_soon_threadsafe(events.put_nowait, item)
 
             job = self.engine.submit(Job(prompt, asked.sampling, emit))
@@ -206,7 +206,7 @@ class Service:
 
 
 class Streamed(StreamingResponse):
-    """Server-sent events that give their place in the queue back at the end, whatever ends them."""
+    """Server-sent events that release their place in the queue at the end, however they end."""
 
     media_type = "text/event-stream"
 
@@ -220,7 +220,7 @@ class Streamed(StreamingResponse):
 
 
 def log_answer(asked: ChatRequest, done: Completion) -> None:
-    """One line per answer, without a word of what was said."""
+    """One line per answer, without any text of the conversation."""
     log.info(
         "%s, %d messages, %d tools: %d tokens read (%d cached), %d written, %s, %.1f s",
         "streamed" if asked.stream else "whole",
@@ -239,7 +239,7 @@ def sse(value: dict[str, Any]) -> bytes:
 
 
 class Gone(ApiError):
-    """The client went away; nobody will read this."""
+    """The client closed the connection, so this is not sent."""
 
     def __init__(self) -> None:
         super().__init__(499, "The client closed the connection.", kind="client_closed_request")
@@ -267,7 +267,7 @@ def make_app(
     limits: Limits | None = None,
     loopback_only: bool = True,
 ) -> FastAPI:
-    """The app. `loopback_only`: it is bound to this machine alone, and answers to no other name."""
+    """The app. `loopback_only`: it is bound to this machine alone, and requests for other host names are refused."""
     service = Service(engine, name, api_key, limits or Limits(), loopback_only)
 
     @contextlib.asynccontextmanager
@@ -290,7 +290,7 @@ def make_app(
 
 
 def guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """The handler, whose every exception is answered here: one that gets out would close the connection as well."""
+    """The handler, with every exception answered: one that is not caught here would close the connection."""
 
     async def answer(request: Request) -> Response:
         try:

@@ -1,4 +1,4 @@
-"""OpenAI's chat completions over an `Engine`: what comes in is checked here, what goes out is shaped here.
+"""OpenAI's chat completions over an `Engine`: requests are checked here, answers are formatted here.
 
     body (JSON)   -> ChatRequest    fields, types and ranges by pydantic; what has no effect ends up in `warnings`
     messages      -> open_media     data URIs and http(s) become bytes; no address names a file of this machine
@@ -7,7 +7,7 @@
     Completion    -> completion     the whole answer
     any error     -> ApiError       a status, and OpenAI's {"error": {"message", "type", "param", "code"}}
 
-Nothing here knows a web framework, so all of it can be called from tests and other programs.
+No web framework is imported, so all of it can be called from tests and other programs.
 """
 
 import json
@@ -30,12 +30,12 @@ from .engine import Completion, Engine, Prompt, PromptTooLong, QueueFull, Sampli
 MAX_STOP_TEXTS = 16
 MAX_SHOWN_CHARACTERS = 500  # of a request, in an error about it
 MAX_WARNING_NAMES = 10
-# Say something about the request or the account that changes no answer here.
+# Fields about the request or the account, which change no answer.
 SILENT_FIELDS = {
     "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
     "stream_options",
 }  # fmt: skip
-# Would change the answer, and do not: the header says so. Their usual values are no news.
+# Fields that would change the answer and have no effect here: a header says so. Default values cause no warning.
 INERT_FIELDS = {
     "frequency_penalty": (None, 0), "presence_penalty": (None, 0), "logit_bias": (None, {}),
     "parallel_tool_calls": (None, True), "top_logprobs": (None, 0), "reasoning_effort": (None,),
@@ -48,7 +48,7 @@ THINKING_SWITCHES = ("thinking", "enable_thinking", "preserve_thinking", "reason
 
 
 class ApiError(Exception):
-    """A refusal in OpenAI's words. `param`: the field that is wrong. `headers`: of the response."""
+    """A refusal in OpenAI's format. `param`: the field that is wrong. `headers`: of the response."""
 
     def __init__(
         self,
@@ -189,12 +189,12 @@ def read_request(body: bytes, model_name: str) -> tuple[ChatRequest, list[str]]:
             "model",
             "model_not_found",
         )
-    refuse_what_cannot_be(request, given)
+    refuse_unsupported(request, given)
     return request, warnings_about(given)
 
 
-def refuse_what_cannot_be(request: ChatRequest, given: Mapping[str, Any]) -> None:
-    """Fields that have a meaning which this server cannot give them."""
+def refuse_unsupported(request: ChatRequest, given: Mapping[str, Any]) -> None:
+    """Raises ApiError for fields whose effect this server does not have."""
     for source, param in ((given, ""), (request.chat_template_kwargs or {}, "chat_template_kwargs.")):
         for name in THINKING_SWITCHES:
             with refusing(param + name):
@@ -258,7 +258,7 @@ class Limits:
 
 
 def prepare(engine: Engine, request: ChatRequest, limits: Limits, warnings: list[str]) -> Prompt:
-    """The prompt of a request; raises ApiError or PromptTooLong. May take its time: it fetches and decodes media."""
+    """The prompt of a request; raises ApiError or PromptTooLong. Slow where it fetches and decodes media."""
     tools = None if request.tool_choice == "none" else check_tools(request.tools, warnings)
     with refusing("messages"):
         messages = open_media(request.messages, limits)
@@ -341,7 +341,7 @@ def read_part(part: dict[str, Any], max_bytes: int, allowed_hosts: Sequence[str]
 
 
 def repeats_a_call_id(messages: list[dict[str, Any]]) -> bool:
-    """Whether two tool calls have one id: they are renumbered, since a model that miscounts must not end the
+    """Whether two tool calls have one id: they are renumbered, so that a model that miscounts does not end the
     conversation."""
     calls = [
         call.get("id")
@@ -357,7 +357,7 @@ def repeats_a_call_id(messages: list[dict[str, Any]]) -> bool:
 
 @dataclass
 class Answer:
-    """What all parts of one answer share."""
+    """The fields that all parts of one answer share."""
 
     model: str
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")

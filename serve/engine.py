@@ -1,17 +1,17 @@
-"""One model, many who ask: a bounded queue, one worker thread, and caches that outlive a turn.
+"""One model for several clients: a bounded queue, one worker thread, and caches kept between turns.
 
     admit()     a place in the queue, or QueueFull: nothing of a request is read before it has one
     prepare()   messages -> ids, pixels and the keys of its tokens       (any thread)
     submit()    into the queue                                           (any thread)
-    worker      generate(), one job at a time, with the cache of the conversation that begins alike
+    worker      generate(), one job at a time, with the cache of the longest common prefix
     job.emit    gets Events while tokens come, then a Completion or an exception (from the worker's thread)
 
-A turn's prompt begins with the whole turn before it, because Kimi keeps its reasoning:
-earlier messages render to the same text again. `PrefixCaches` keeps the latents of the last conversations; of a new prompt only what no cache holds is
-computed. Two tokens are the same if their ids are, and a `<|media_pad|>` only if the picture behind it is, too: its key
-is made of the item's pixels.
+A turn's prompt begins with the whole turn before it, because the template keeps all reasoning. `PrefixCaches` keeps
+the latents of the last conversations; of a new prompt only what no cache holds is computed. Two tokens are the same
+if their ids are, and a `<|media_pad|>` only if the picture behind it is, too: its key is made of the item's pixels.
 
-Sampling is seeded for each job, with the global generator put back afterwards. There is one worker, so nobody else draws.
+Sampling is seeded for each job, with the global generator put back afterwards. There is one worker, so no other
+thread uses the generator.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ PIXEL_BYTES_PER_PATCH = 3 * 14 * 14 * 4
 
 
 class QueueFull(Exception):
-    """Every place is taken. `retry_after_s`: when one may be free, by the time that jobs took so far."""
+    """Every place is taken. `retry_after_s`: when one may be free, estimated from the time of earlier jobs."""
 
     def __init__(self, num_places: int, retry_after_s: int):
         super().__init__(f"all {num_places} places are taken; try again in {retry_after_s} s")
@@ -57,7 +57,7 @@ class PromptTooLong(ValueError):
 
 @dataclass
 class Sampling:
-    """max_tokens: None for as many as fit. temperature 0 is greedy. seed: None for another one each time. stop: texts
+    """max_tokens: None for as many as fit. temperature 0 is greedy. seed: None for a new one each time. stop: texts
     that end the answer when they come in its content; they are not looked for in the reasoning."""
 
     max_tokens: int | None = None
@@ -97,7 +97,7 @@ class Completion:
 
 @dataclass
 class Job:
-    """A prompt on its way. `emit` is called from the worker's thread and must not block."""
+    """A prompt in the queue or being answered. `emit` is called from the worker's thread and must not block."""
 
     prompt: Prompt
     sampling: Sampling
@@ -175,7 +175,7 @@ def copy_of(cache: Any, length: int, config: Any) -> Any:
 
 
 def token_keys(inputs: Mapping[str, Any], pad_id: int, merge: Sequence[int]) -> list[int]:
-    """One integer per token: its id, or for a place of a picture a number below zero made of the picture and the place."""
+    """One integer per token: its id, or in a picture a negative number made of the picture and the position in it."""
     keys = inputs["input_ids"][0].tolist()
     if inputs.get("pixel_values") is None:
         return keys
@@ -196,7 +196,7 @@ def token_keys(inputs: Mapping[str, Any], pad_id: int, merge: Sequence[int]) -> 
 
 
 class StopTexts:
-    """Finds the first of some texts in content that comes in pieces, and holds back what may be the first half of one."""
+    """Finds the first of some texts in content that comes in pieces, and holds back what may be the beginning of one."""
 
     def __init__(self, texts: Sequence[str]):
         self.texts = [text for text in texts if text]
@@ -204,7 +204,7 @@ class StopTexts:
         self._held = ""
 
     def feed(self, text: str) -> str:
-        """The part that is certainly in front of any of the texts."""
+        """The part that certainly precedes all of the texts."""
         text = self._held + text
         starts = [start for start in map(text.find, self.texts) if start >= 0]
         if starts:
@@ -226,7 +226,7 @@ def overlap(text: str, stop: str) -> int:
 
 
 class Receiver(BaseStreamer):
-    """What `generate` hands each token to: reads it, emits events, and says when to stop."""
+    """The streamer of `generate`: parses each token, emits events, and says when to stop."""
 
     def __init__(self, tokenizer: Any, job: Job):
         self.job = job
@@ -275,7 +275,7 @@ class Receiver(BaseStreamer):
         self._emit(self._stream.finish_events())
         self._emit_held()
         message, reason = self._stream.result(), self._stream.finish_reason or "length"
-        if self.stop.found:  # what came in the same step behind the stop text does not count
+        if self.stop.found:  # text of the same step after the stop text does not count
             message = {
                 "role": "assistant",
                 "reasoning_content": message["reasoning_content"],
@@ -292,7 +292,7 @@ class Receiver(BaseStreamer):
 
 
 class Halt(StoppingCriteria):
-    """Ends `generate` when nobody listens any more or a stop text came."""
+    """Ends `generate` when the client is gone, the engine is closed or a stop text was found."""
 
     def __init__(self, receiver: Receiver, engine_closed: threading.Event):
         self.receiver, self.closed = receiver, engine_closed
@@ -444,7 +444,7 @@ class Engine:
             job.cancel()
 
     def close(self) -> None:
-        """Ends the running job and the waiting ones; returns when the worker is gone."""
+        """Ends the running job and the waiting ones; returns when the worker has ended."""
         self.closed.set()
         self._jobs.put(None)
         self._worker.join(timeout=60)
@@ -458,9 +458,9 @@ class Engine:
                 continue
             try:
                 completion = self._run(job)
-            except Exception as error:  # whatever one job does, the next one gets its turn
+            except Exception as error:  # one failed job must not stop the next
                 log.exception("a job failed")
-                self.caches.clear()  # its memory may be what is missing
+                self.caches.clear()  # their memory may be what was lacking
                 job.emit(error)
             else:
                 self._mean_s += (completion.seconds - self._mean_s) / 8

@@ -60,7 +60,7 @@ def test_commands(engine, tmp_path):
     )
     assert "image of 56 x 28 pixels" in shown and "video of 64 x 48 pixels" in shown
     assert [part["type"] for part in chat.messages[0]["content"]] == ["image", "video", "text"]
-    assert "/unknown is no command" in shown and "there is no file" in shown and "is not a video" in shown
+    assert "/unknown is not a command" in shown and "there is no file" in shown and "is not a video" in shown
     assert chat.media == [] and "seen" in shown
     chat.take("/new")
     assert chat.messages == []

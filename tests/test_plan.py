@@ -582,7 +582,7 @@ def test_several_kinds_of_gpu():
         (["--gpus", "none"], "there is nothing to plan on: no GPU and no RAM was given."),
         (
             ["--gpus", "8xH200", "--context", "300000"],
-            "context 300000 must lie between 1 and max_position_embeddings 262144 tokens.",
+            "context 300000 must be between 1 and max_position_embeddings 262144 tokens.",
         ),
         (["--gpus", "8xH200", "--batch", "0"], "batch is 0; at least one sequence must be planned."),
         (["--gpus", "8xH200", "--dtype", "int8"], 'dtype "int8" is not one of bfloat16, float16, float32.'),
@@ -643,7 +643,7 @@ def test_rich_in_a_terminal(capsys, monkeypatch):
 
 
 def test_this_machine(capsys):
-    """Whatever it is: a plan or a refusal, never a question that is not understood."""
+    """Whatever it is: a plan or a refusal, never an error about the arguments."""
     assert main([]) in (0, 1)
     assert main(["--gpus", "none", "--ram", "8GB"]) == 1
 
