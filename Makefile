@@ -3,7 +3,7 @@
 # make test-next   the same on transformers 5.x (.venv-next)
 # make test-kernels  the Triton kernels under Triton's interpreter (.venv-kernels); on a GPU: pytest -m "gpu or kernels"
 # make test-engines  kimi-tiny in other engines: transformers' own class, MLX, llama.cpp (builds it; .venv-engines)
-# make serve       the endpoint for MODEL=folder on this machine (ARGS for more, see serve.py --help)
+# make serve       the endpoint for MODEL=folder on this machine (ARGS for more, see python -m serve --help)
 # make lint        formatting, lint and types
 # Needs Python 3.10 or later and make; each target makes the environment it runs in.
 
@@ -12,7 +12,7 @@ PYTHON ?= python3
 .PHONY: demo test test-next test-kernels test-engines lint serve
 
 demo: .venv/ready
-	.venv/bin/python demo.py
+	.venv/bin/python -m scripts.demo
 
 test: .venv/ready-dev
 	.venv/bin/python -m pytest $(ARGS)
@@ -29,7 +29,7 @@ test-engines: .venv-engines/ready
 MODEL ?= kimi-tiny
 
 serve: .venv/ready-serve
-	.venv/bin/python serve.py --model $(MODEL) $(ARGS)
+	.venv/bin/python -m serve --model $(MODEL) $(ARGS)
 
 lint: .venv/ready-dev
 	.venv/bin/ruff check .

@@ -19,7 +19,7 @@ The number of splits follows from shapes and the device, never from data, so a c
 `lengths`, tokens beyond a sequence's length are not read, and the splits share what is left: a static cache costs what
 it holds. Cache tensors may be slices of larger buffers; their strides are used as they are.
 
-Masks are what `kimi_attention.readable_mask` returns: booleans, True = seen, or additive floats. A hidden key scores the
+Masks are what `kimi_cache.readable_mask` returns: booleans, True = seen, or additive floats. A hidden key scores the
 smallest float rather than -inf, so a query that sees nothing gets the mean of the cache like the reference, and no NaN.
 
 Scores and sums are fp32; only the probabilities are rounded to the cache's dtype, for the second product.
@@ -67,7 +67,7 @@ def latent_attention_triton(
     lengths: torch.Tensor | None = None,
     blocks: AttentionBlocks | None = None,
 ) -> tuple[torch.Tensor, None]:
-    """The same as `kimi_attention.latent_attention`, without the weights: (B, h, T, c) in q_latent's dtype, and None.
+    """The same as `modeling_kimi.latent_attention`, without the weights: (B, h, T, c) in q_latent's dtype, and None.
 
     `mask` is (B or 1, 1, T or 1, S). `lengths`, (B,) integers on the device and at least 1, ends each sequence's cache
     early: what lies behind need not be written, and a mask need not hide it.

@@ -1,17 +1,20 @@
 """Files of weights, read and written as fast as the disk is: in whole blocks, past the system's page cache.
 
-By way of the page cache every byte takes a page that the system must find, clear and remember, for nothing: a checkpoint
+Through the page cache every byte takes a page that the system must find, clear and remember, for nothing: a checkpoint
 is read once, and seldom fits into memory beside itself. Measured on 2 cores (LOG.md), 10 GB cost 24 s of CPU time to
 read that way and 3 s past it, and are written 5 times as fast.
 
-    Shard        reads; what already lies in the page cache from there
-    ShardWriter  writes
+    Shard              reads; a file that is already in the page cache is read from there
+    ShardWriter        writes
+    empty_for_weights  memory that is read into, on huge pages where it is large
 
-Access past the cache (`O_DIRECT`) wants addresses, offsets and lengths that are multiples of a block, so bytes pass a
-buffer that stays in the processor's cache. Small files, and systems without such access, go the ordinary way.
+Access past the cache (`O_DIRECT`) needs addresses, offsets and lengths that are multiples of a block, so bytes pass a
+buffer that stays in the processor's cache. Small files, and systems without such access, use ordinary reads and writes.
 """
 
+import contextlib
 import errno
+import math
 import mmap
 import os
 import random
@@ -21,12 +24,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import torch
 
 BLOCK = 4096  # bytes; no disk has larger ones
-PIECE = 4 * 2**20  # bytes of one access
+ACCESS_BYTES = 4 * 2**20  # of a file, read or written by one system call
 DIRECT_FROM = 64 * 2**20  # bytes of a file
 LARGEST_GAP = 16 * BLOCK  # bytes between two ranges that are read rather than passed over
 PROBES = 16  # places of a file where the page cache is asked
+HUGE_PAGE = 2 * 2**20  # bytes; smaller tensors do not ask for one
 
 
 class Range(NamedTuple):
@@ -43,7 +48,7 @@ def whole_blocks(size: int) -> int:
 
 
 def file_stamp(status: os.stat_result) -> tuple[int, int]:
-    """What tells that a file is not what it was: bytes, and ns of the last change."""
+    """What shows that a file has changed: its bytes, and the time of its last change in ns."""
     return status.st_size, status.st_mtime_ns
 
 
@@ -54,7 +59,7 @@ def check_stamp(descriptor: int, stamp: tuple[int, int]) -> None:
 
 
 def read_exactly(descriptor: int, begin: int, view: memoryview, least: int | None = None) -> None:
-    """Fills `view`, or at least so many bytes of it. Raises OSError if the file ends before."""
+    """Fills `view`, or at least `least` bytes of it. Raises OSError if the file ends before."""
     done, least = 0, len(view) if least is None else least
     while done < least:  # one call gives 2 GiB at most
         got = os.preadv(descriptor, [view[done:]], begin + done)
@@ -79,9 +84,9 @@ def open_direct(path: str) -> BinaryIO | None:
 
 
 def lies_in_page_cache(descriptor: int, size: int) -> bool:
-    """Whether most of a file is in memory, by asking here and there for a byte without waiting; True if nobody can say.
+    """Whether most of a file is in memory: asks for a byte at PROBES places without waiting. True if the system cannot say.
 
-    Places are drawn anew each time: what was asked for is in memory the next time.
+    Places are drawn anew each time: a byte that was asked for is in memory the next time.
     """
     byte, draw, found = bytearray(1), random.SystemRandom(), 0
     for _ in range(PROBES):
@@ -96,7 +101,7 @@ def lies_in_page_cache(descriptor: int, size: int) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
-BUFFERS = threading.local()  # one of PIECE bytes for each thread that reads
+BUFFERS = threading.local()  # one of ACCESS_BYTES bytes for each thread that reads
 
 
 class File:
@@ -128,20 +133,20 @@ class File:
         """Called before each reading."""
 
     def _read_range(self, ranges: Sequence[Range], place: int, held: tuple[int, int]) -> tuple[int, int]:
-        """Reads one range; `held` and the result are the bytes [first, last) that lie in this thread's buffer."""
+        """Reads one range; `held` and the result are the bytes [first, last) of the file that are in this thread's buffer."""
         begin, view, _ = ranges[place]
         direct, done = self.direct, 0
         if direct is None:
             read_exactly(self.handle.fileno(), begin, view)
             return held
         if not hasattr(BUFFERS, "piece"):
-            BUFFERS.piece = memoryview(mmap.mmap(-1, PIECE))
+            BUFFERS.piece = memoryview(mmap.mmap(-1, ACCESS_BYTES))
         first, last = held
         while done < len(view):
             position = begin + done
             if not first <= position < last:
                 first = position - position % BLOCK
-                last = min(first + PIECE, end_of_run(ranges[place:]))
+                last = min(first + ACCESS_BYTES, end_of_run(ranges[place:]))
                 try:
                     # The file may end within the last block.
                     view_of_blocks = BUFFERS.piece[: whole_blocks(last - first)]
@@ -149,7 +154,7 @@ class File:
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
-                    self.direct = None  # a file system that lets one open so and then cannot
+                    self.direct = None  # this file system opens files for direct reads and then refuses them
                     return self._read_range(ranges, place, (0, 0))
             size = min(last - position, len(view) - done)
             copy_bytes(view[done : done + size], BUFFERS.piece[position - first : position - first + size])
@@ -163,18 +168,18 @@ class File:
 
 
 def end_of_run(ranges: Sequence[Range]) -> int:
-    """Where the first PIECE bytes of ranges that lie close together end."""
+    """Where the first ACCESS_BYTES of ranges that are close together end."""
     start = ranges[0].begin
     end = start
     for begin, view, _ in ranges:
-        if begin > end + LARGEST_GAP or end >= start + PIECE:
+        if begin > end + LARGEST_GAP or end >= start + ACCESS_BYTES:
             break
         end = begin + len(view)
     return end
 
 
 class Shard(File):
-    """A file that must stay what it was. (One that is replaced by another of its name stays readable here.)"""
+    """A file that must not change while open. (If another file takes its name, the old one stays readable here.)"""
 
     def __init__(self, path: str, stamp: tuple[int, int]):
         super().__init__(path)
@@ -188,7 +193,7 @@ class Shard(File):
 
 
 class ShardWriter:
-    """Writes a new file of `size` bytes from its begin to its end; a thread writes one piece while the next is filled.
+    """Writes a new file of `size` bytes from its begin to its end; a thread writes one buffer while the next is filled.
 
     `watch` sees each piece before it is written, and must be done with it when it gets the next one.
     """
@@ -197,7 +202,7 @@ class ShardWriter:
         self.path, self.size, self.watch = str(path), size, watch
         self.flags = getattr(os, "O_DIRECT", 0) if size >= DIRECT_FROM else 0
         self.descriptor = self._open(os.O_CREAT | os.O_TRUNC)
-        piece = min(PIECE, max(whole_blocks(size), BLOCK))
+        piece = min(ACCESS_BYTES, max(whole_blocks(size), BLOCK))
         self.buffers = [memoryview(mmap.mmap(-1, piece)) for _ in range(2)]
         self.filled = self.begin = 0  # bytes in the first buffer; where in the file they belong
         self.thread = ThreadPoolExecutor(1, "shard-writer")
@@ -209,7 +214,7 @@ class ShardWriter:
         except OSError:
             if not self.flags:
                 raise
-            self.flags = 0  # a file system without
+            self.flags = 0  # this file system has no direct access
             return self._open(flags)
 
     def __enter__(self) -> "ShardWriter":
@@ -224,8 +229,7 @@ class ShardWriter:
             os.close(self.descriptor)
 
     def write(self, data: Any) -> None:
-        """Bytes, or anything that lies in memory like them. Raises OSError that names the file, if not for this call then
-        for one before."""
+        """Bytes, or any buffer of them. Raises OSError that names the file, for this call or for an earlier one."""
         view = memoryview(data).cast("B")
         while len(view):
             room = self.buffers[0][self.filled :]
@@ -269,3 +273,37 @@ class ShardWriter:
         if self.begin != self.size:
             raise ValueError(f"{self.path} got {self.begin:,} bytes, announced were {self.size:,}.")
         os.truncate(self.descriptor, self.size)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def empty_for_weights(shape: Sequence[int], dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:
+    """`torch.empty`; a large tensor in RAM is on huge pages where the system has them, which it fills 5 times as fast."""
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+
+
+def zeros_for_weights(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`torch.zeros` on the default device, but RAM is not touched: memory that the system has just given is zero, and
+    most of it is given back unused when weights are loaded."""
+    size, device = math.prod(shape) * dtype.itemsize, torch.get_default_device()
+    if device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype)
+    return empty_for_weights(shape, dtype)
+
+
+def landing(place: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Where a file's bytes go: `place` itself if it is in RAM and has their dtype, else new memory."""
+    straight = place is not None and place.device.type == "cpu" and place.dtype == dtype
+    return place if straight else torch.empty(shape, dtype=dtype)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor in RAM."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -116,7 +116,7 @@ def run_experts_triton(
 ) -> torch.Tensor:
     """x (R, H) bf16, fp16 or fp32, ids (R, K), weights (R, K) to the weighted sum of the experts, (R, H) fp32.
 
-    The same as `kimi_moe.run_experts`, for packed experts on one CUDA device.
+    The same as `kimi_experts.run_experts`, for packed experts on one CUDA device.
     """
     check(x, topk_ids, topk_weights, gate, up, down)
     with on_device_of(x):

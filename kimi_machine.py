@@ -7,6 +7,7 @@ A size is read as it is sold. `80GB` of GPU or RAM is 80 GiB of chips, of which 
 import re
 import shutil
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 MIB, GIB = 2**20, 2**30
@@ -71,17 +72,19 @@ class Machine:
     disk_bandwidth: float = DISK_BANDWIDTH
 
 
-def parse_size(text: str, what: str, gb: int = 10**9) -> int:
-    """Bytes of "80GB", "1.5TB", "79.6GiB" or "0". `gb` is what GB means here; TB is a thousand or 1024 of them."""
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([MGT])(i?)B", text.strip(), re.IGNORECASE)
-    if not match and text.strip() != "0":
-        raise ValueError(f'{what} "{text}" is not a size such as 80GB, 79.6GiB or 2TB.')
-    number, unit, binary = match.groups() if match else ("0", "G", "")
-    if float(number) < 0:
-        raise ValueError(f"{what} is {text}; memory cannot be negative.")
-    base = GIB if binary else gb
-    step = 1024 if base == GIB else 1000
-    return int(float(number) * base * float(step) ** ("MGT".index(unit.upper()) - 1))
+def parse_size(size: int | str, what: str, gb: int = 10**9) -> int:
+    """Bytes of "80GB", "1.5TB", "79.6GiB", "300KB", "0" or a number. `gb` is what GB means here, 10^9 or GIB; the other
+    units without an i follow it. Raises ValueError that names `what`."""
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", size.strip(), re.IGNORECASE)
+    if not match and size.strip() != "0":
+        raise ValueError(f'{what} "{size}" is not a size such as 80GB, 79.6GiB or 2TB.')
+    number, unit, binary = match.groups() if match else ("0", "", "")
+    if Fraction(number) < 0:
+        raise ValueError(f"{what} is {size}; memory cannot be negative.")
+    step = 1024 if binary or gb == GIB else 1000
+    return int(Fraction(number) * step ** " KMGT".index(unit.upper() or " "))  # in floats, 8.7TB lacks a byte
 
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:

@@ -3,8 +3,8 @@
     from_pretrained(..., expert_cache="auto" | bytes)
 
 An expert is 3 matrices, 24.8 MB at full size, and a token takes 8 of 384 in each layer. So memory is managed by the
-expert, not by the layer: `kimi_slots.py` has the slots, this file the module that computes with them and the sums that
-say how many there can be. Attention, shared experts, routers and embeddings are ordinary parameters.
+expert, not by the layer: `kimi_slots.py` has the slots, this file the module that computes with them,
+`kimi_sizes.py` the sums that say how many there can be. Attention, shared experts, routers and embeddings are ordinary parameters.
 
 Results are those of resident experts, bit for bit, on the CPU backends and the reference: the same function multiplies
 the same words, and sums run in the order of expert ids, wherever an expert happens to lie.
@@ -13,7 +13,7 @@ the same words, and sums run in the order of expert ids, wherever an expert happ
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,29 +23,13 @@ import torch
 from torch import nn
 
 from .configuration_kimi import KimiK25Config, KimiK25TextConfig
-from .kimi_machine import (
-    CUDA_CONTEXT_BYTES,
-    FRAGMENTATION_SHARE,
-    HOST_RESERVE_BYTES,
-    detect_gpus,
-    detect_ram,
-    parse_size,
-)
-from .kimi_moe import (
-    FEW_ROWS,
-    ExpertMatrices,
-    Experts,
-    MoE,
-    choose_backend,
-    run_experts,
-    run_experts_cpu,
-)
-from .kimi_sizes import cache_bytes_per_token, expert_bytes, text_workspace_bytes, weight_bytes
+from .kimi_backends import EXPERT_ROWS, faster_experts, is_recorded, runs_by_expert
+from .kimi_experts import ExpertMatrices, Experts, run_experts
+from .kimi_machine import detect_gpus, detect_ram, parse_size
+from .kimi_sizes import all_fit, expert_bytes, free_bytes, resident_bytes
 from .kimi_slots import READERS, ExpertFiles, Part, ReadsExperts, SlotCache, Visit, Worth
 
 HALF_LIFE = 256.0  # tokens; see LOG.md
-AUTO_CONTEXT = 32768  # tokens of one sequence for which expert_cache="auto" leaves room
-AUTO_CHUNK = 4096  # of them at once
 
 
 class PooledMatrices(ExpertMatrices):
@@ -75,7 +59,9 @@ class PooledExperts(Experts):
         with torch.device("meta"):
             super().__init__(config)
         self.layer, self.pool = layer, pool
-        self.templates = {name: parameter.detach() for name, parameter in self._parameters.items()}
+        self.templates = {
+            name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)
+        }
         self._parameters.clear()
 
     def stack(self, parameter: str) -> torch.Tensor:
@@ -93,25 +79,29 @@ class PooledExperts(Experts):
     @torch.compiler.disable
     def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """As Experts.forward. Gradients are refused when they are asked for: what they need is no longer there."""
-        cache, recorded = self.pool.cache_of(self.layer), torch.is_grad_enabled() and x.requires_grad
+        cache, recorded = self.pool.cache_of(self.layer), is_recorded(x)
         with self.pool.lock:
             visit = self.pool.visit(self, topk_ids, counts=True)
             inputs = [tensor.to(cache.device) for tensor in (x, topk_ids, topk_weights)]
-            backend = choose_backend(self.config.int4_backend, inputs[0], self.matrices_in(visit)[0])
+            gate = self.matrices_in(visit)[0]
+            backend = faster_experts(self.config.int4_backend, inputs[0], gate, run_experts)
             with torch.no_grad():
                 output = run_pooled(backend, visit, self, *inputs).to(x.device)
         return NoGradient.apply(output, x, topk_weights) if recorded else output
 
     def matrices_in(self, visit: Visit, lazy: bool = False) -> list[ExpertMatrices]:
         """The slots, by projection, to be indexed by slot; or, lazily, by expert, which waits until it is there."""
-        kind = PooledMatrices if lazy else ExpertMatrices
-        tensors = ("weight_packed", "weight_scale") if self.packed else ("weight",)
-        matrices = []
+        weight, scale = ("weight_packed", "weight_scale") if self.packed else ("weight", "")
+        matrices: list[ExpertMatrices] = []
         for projection in self.shapes:
-            stacks = [visit.cache.stacks[f"{projection}_{tensor}"] for tensor in tensors]
-            matrices.append(kind(*stacks, *[None] * (2 - len(stacks))))
+            stacks = visit.cache.stacks
+            pair = stacks[f"{projection}_{weight}"], stacks[f"{projection}_{scale}"] if scale else None
             if lazy:
-                matrices[-1].visit = visit
+                pooled = PooledMatrices(*pair)
+                pooled.visit = visit
+                matrices.append(pooled)
+            else:
+                matrices.append(ExpertMatrices(*pair))
         return matrices
 
     def extra_repr(self) -> str:
@@ -147,21 +137,22 @@ class NoGradient(torch.autograd.Function):
 
 
 def run_pooled(
-    backend: Callable,
+    backend: Callable | None,
     visit: Visit,
     experts: PooledExperts,
     x: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """What `Experts.forward` does, with the same backend. Few rows run in groups whose experts fit the slots together;
+    """What `Experts.forward` does, with the same backend (None: the plain code). Few rows run in groups whose experts fit the slots together;
     many rows by expert, in ascending order as with resident ones, each when it is there."""
-    if backend is run_experts or (backend is run_experts_cpu and len(x) > FEW_ROWS):
-        return backend(x, topk_ids, topk_weights, *experts.matrices_in(visit, lazy=True))
+    run = backend or run_experts
+    if runs_by_expert(backend, len(x)):
+        return run(x, topk_ids, topk_weights, *experts.matrices_in(visit, lazy=True))
     plain = experts.matrices_in(visit)
-    if len(x) <= FEW_ROWS or len(visit.experts) <= visit.cache.capacity:
+    if len(x) <= EXPERT_ROWS or len(visit.experts) <= visit.cache.capacity:
         outputs = [
-            backend(x[rows], visit.hold(group)[topk_ids[rows]], topk_weights[rows], *plain)
+            run(x[rows], visit.hold(group)[topk_ids[rows]], topk_weights[rows], *plain)
             for rows, group in visit.row_groups(topk_ids)
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -171,7 +162,7 @@ def run_pooled(
     weights = topk_weights.flatten()[order].unsqueeze(-1)
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for part, slots in experts.matrices_in(visit, lazy=True)[0].batches(ids):
-        output.index_add_(0, rows[part], backend(x[rows[part]], slots.unsqueeze(-1), weights[part], *plain))
+        output.index_add_(0, rows[part], run(x[rows[part]], slots.unsqueeze(-1), weights[part], *plain))
     return output
 
 
@@ -328,13 +319,13 @@ class ExpertPool:
             size = os.path.getsize(source.file)
             self.maps[source.file] = torch.UntypedStorage.from_file(source.file, False, size)
         data = torch.empty(0, dtype=torch.uint8).set_(
-            self.maps[source.file], source.begin, (source.end - source.begin,)
+            self.maps[source.file], source.begin, (source.end - source.begin,), (1,)
         )
         if source.begin % source.dtype.itemsize:
             data = data.clone()
         return data.view(source.dtype).view(source.shape)
 
-    def warm(self, counts: dict[int, Sequence[int]]) -> int:
+    def warm(self, counts: Mapping[int, Sequence[int]]) -> int:
         """Reads the experts that were used most, as many as there are slots; returns how many. Layer -> uses by expert."""
         warmed = 0
         for device, cache in self.caches.items():
@@ -349,7 +340,8 @@ class ExpertPool:
             best = sorted(uses, key=lambda key: -uses[key])[: cache.capacity]
             for key, share in uses.items():
                 cache.worth.expect(key, share)
-            entries = [(key, cache.claim(key, best)) for key in best]
+            claimed = [(key, cache.claim(key, best)) for key in best]
+            entries = [(key, entry) for key, entry in claimed if entry is not None]
             for key, entry in entries:
                 cache.await_entry(key, entry)
             warmed += len(entries)
@@ -357,41 +349,6 @@ class ExpertPool:
 
     def __deepcopy__(self, memo: dict) -> "ExpertPool":
         return self
-
-
-def resident_bytes(config: KimiK25Config) -> int:
-    """Of all weights but the routed experts, in the dtype in which from_pretrained makes the model."""
-    kinds = weight_bytes(config, str(torch.get_default_dtype()).removeprefix("torch.")).values()
-    return sum(size for module in kinds for kind, size in module.items() if kind != "routed_experts")
-
-
-def free_bytes(device: torch.device, config: KimiK25Config) -> int:
-    """What is free on a device now, less the cache and workspace of one sequence of AUTO_CONTEXT tokens and a reserve."""
-    text = config.text_config
-    context = min(AUTO_CONTEXT, text.max_position_embeddings)
-    work = text_workspace_bytes(config, context, 1, min(AUTO_CHUNK, context), 2)
-    work += context * text.num_hidden_layers * cache_bytes_per_token(text)
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return int(free - work - FRAGMENTATION_SHARE * total)
-    ram = detect_ram()
-    if not ram:
-        raise ValueError(
-            'this system does not tell its free memory, so expert_cache="auto" cannot; give bytes.'
-        )
-    return ram - work - HOST_RESERVE_BYTES
-
-
-def all_fit(config: KimiK25Config, request: CacheRequest) -> bool:
-    """Whether every expert can be resident, on the devices that may be used."""
-    text = config.text_config
-    layers = sum(text.is_moe_layer(idx) for idx in range(text.num_hidden_layers))
-    one = expert_bytes(text, torch.get_default_dtype().itemsize)
-    weights = resident_bytes(config) + layers * text.n_routed_experts * one
-    free = free_bytes(torch.device("cpu"), config)
-    if request.uses_gpus():
-        free += sum(gpu.total_bytes - CUDA_CONTEXT_BYTES for gpu in detect_gpus())
-    return weights <= free
 
 
 # A keyword of from_pretrained that is handed on would end up in generation_config.json.
@@ -413,11 +370,11 @@ def pool_experts(model: nn.Module, config: KimiK25Config) -> ExpertPool | None:
     """Puts pooled experts in the place of resident ones if they are requested, before any weight is read; None if not
     or if all fit anyway."""
     request = REQUEST.get()
-    if request is None or (request.size == "auto" and all_fit(config, request)):
+    if request is None or (request.size == "auto" and all_fit(config, request.uses_gpus())):
         return None
     pool = ExpertPool(config, request)
     for name, module in model.named_modules():
-        if isinstance(module, MoE):
+        if isinstance(getattr(module, "experts", None), Experts):
             layer = int(name.split(".layers.")[1].split(".")[0])
             module.experts = PooledExperts(config.text_config, layer, pool)
     return pool

@@ -1,13 +1,27 @@
 """Bytes of the model by arithmetic, from its config alone: weights by kind, cache, and what a forward pass takes.
 
 The tests compare every number here with the model itself, built on meta, or run on a CPU with its tensors counted.
+The last section subtracts these sums from the memory that is free on this machine, for experts in a pool.
 """
 
 from math import prod
 
+import torch
+
 from .configuration_kimi import KimiK25Config, KimiK25TextConfig, KimiK25VisionConfig
-from .kimi_attention import WORKSPACE_BYTES
 from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE
+from .kimi_machine import (
+    CUDA_CONTEXT_BYTES,
+    FRAGMENTATION_SHARE,
+    HOST_RESERVE_BYTES,
+    detect_gpus,
+    detect_ram,
+)
+
+# For keys and values while they are expanded, or for scores, of one layer's call.
+WORKSPACE_BYTES = 256 * 2**20
+AUTO_CONTEXT = 32768  # tokens of one sequence for which expert_cache="auto" leaves room
+AUTO_CHUNK = 4096  # of them at once
 
 # Bytes of whatever is neither packed nor the router's bias.
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -24,6 +38,8 @@ WEIGHT_KINDS = (
     "projector",
 )
 
+# For keys and values while they are expanded, or for scores, of one layer's call.
+WORKSPACE_BYTES = 256 * 2**20
 # Per query and key: the boolean mask, SDPA's additive copy in bf16, and that copy padded to 16 columns.
 MASK_BYTES = 5
 VISION_PATCHES = 16384  # of one item: `in_patch_limit` of preprocessor_config.json, or 4 frames of 4096
@@ -111,8 +127,8 @@ def _projector_elements(vision: KimiK25VisionConfig) -> int:
 def text_workspace_bytes(config: KimiK25Config, context: int, batch: int, chunk: int, size: int) -> int:
     """Most bytes alive on a device besides weights and cache, while `chunk` new tokens per sequence meet a full cache.
 
-    The attention of one layer (expanded keys and values, or scores), its mask, the rows on their way, one unpacked
-    expert, and logits of the last token with the fp32 copies that sampling makes.
+    The attention of one layer (expanded keys and values, or scores), its mask, the hidden states, one unpacked expert,
+    and logits of the last token with the fp32 copies that sampling makes.
     """
     text = config.text_config
     width, inner, heads = text.hidden_size, text.moe_intermediate_size, text.num_attention_heads
@@ -120,9 +136,8 @@ def text_workspace_bytes(config: KimiK25Config, context: int, batch: int, chunk:
     one_query = batch * heads * context * (8 + size)
     attention = max(WORKSPACE_BYTES, one_head, one_query)
     mask = batch * chunk * context * MASK_BYTES
-    states = (
-        6 * width * size + 2 * width * 4
-    )  # residual, normed, attended, inputs; fp32 inside norms and sums
+    # Residual, normed, attended, inputs; fp32 inside norms and sums.
+    states = 6 * width * size + 2 * width * 4
     chosen = text.num_experts_per_tok * ((width + 3 * inner) * size + width * 4)  # of a grouped product
     row = states + max(4 * heads * text.qk_head_dim * size, 3 * text.intermediate_size * size, chosen)
     unpacked = 3 * width * inner * (size + 1)
@@ -131,5 +146,43 @@ def text_workspace_bytes(config: KimiK25Config, context: int, batch: int, chunk:
 
 
 def vision_workspace_bytes(config: KimiK25Config, patches: int = VISION_PATCHES) -> int:
-    """Most bytes alive while the tower reads one item. The rows of the text are not on their way then."""
+    """Most bytes alive while the tower reads one item. The hidden states of the text do not exist then."""
     return patches * VISION_BYTES_PER_PATCH_AND_CHANNEL * config.vision_config.vt_hidden_size
+
+
+# ------------------------------------------------------------------------------------------------------- free memory
+
+
+def resident_bytes(config: KimiK25Config) -> int:
+    """Of all weights but the routed experts, in the dtype in which from_pretrained makes the model."""
+    kinds = weight_bytes(config, str(torch.get_default_dtype()).removeprefix("torch.")).values()
+    return sum(size for module in kinds for kind, size in module.items() if kind != "routed_experts")
+
+
+def free_bytes(device: torch.device, config: KimiK25Config) -> int:
+    """What is free on a device now, less the cache and workspace of one sequence of AUTO_CONTEXT tokens and a reserve."""
+    text = config.text_config
+    context = min(AUTO_CONTEXT, text.max_position_embeddings)
+    work = text_workspace_bytes(config, context, 1, min(AUTO_CHUNK, context), 2)
+    work += context * text.num_hidden_layers * cache_bytes_per_token(text)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free - work - FRAGMENTATION_SHARE * total)
+    ram = detect_ram()
+    if not ram:
+        raise ValueError(
+            'this system does not tell its free memory, so expert_cache="auto" cannot; give bytes.'
+        )
+    return ram - work - HOST_RESERVE_BYTES
+
+
+def all_fit(config: KimiK25Config, with_gpus: bool) -> bool:
+    """Whether every expert can be resident, in RAM or also on the GPUs."""
+    text = config.text_config
+    layers = sum(text.is_moe_layer(idx) for idx in range(text.num_hidden_layers))
+    one = expert_bytes(text, torch.get_default_dtype().itemsize)
+    weights = resident_bytes(config) + layers * text.n_routed_experts * one
+    free = free_bytes(torch.device("cpu"), config)
+    if with_gpus:
+        free += sum(gpu.total_bytes - CUDA_CONTEXT_BYTES for gpu in detect_gpus())
+    return weights <= free

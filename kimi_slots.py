@@ -2,8 +2,8 @@
 
     ExpertFiles   byte ranges of the shards, read into memory that is already there (a mapped file would count in the
                   resident set, and nobody could say how much of it stays)
-    SlotCache     S slots on one device; a slot holds one expert of any layer. Slots of a projection lie in one
-                  (S, N, M/8) tensor, so the backends of `kimi_moe.py` multiply with them as they are
+    SlotCache     S slots on one device; a slot holds one expert of any layer. Slots of a projection are one
+                  (S, N, M/8) tensor, so the products of `kimi_experts.py` multiply with them as they are
     Visit         one pass of a layer over the experts that its router chose: reads run ahead in threads while
                   experts that are there compute
 
@@ -14,10 +14,8 @@ Which expert goes when a slot is needed: the one of least worth, where each use 
 LFU for a long one). All decay alike, so log2(worth) + age needs no update until the next use.
 """
 
-import contextlib
 import heapq
 import math
-import mmap
 import threading
 import time
 from collections import defaultdict
@@ -25,52 +23,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from .kimi_files import Range, Shard
-
-if TYPE_CHECKING:
-    from .kimi_checkpoint import Source
+from .kimi_files import Range, Shard, bytes_of, empty_for_weights, landing
+from .kimi_safetensors import Source
 
 Key = tuple[int, int]  # layer, expert
 READERS = 4  # threads that read; see LOG.md
-HUGE_FROM = 2 * 2**20  # bytes: one such page
 
 
 # ------------------------------------------------------------------------------------------------------------- files
-
-
-def empty_for_weights(shape: Sequence[int], dtype: torch.dtype, device: Any = "cpu") -> torch.Tensor:
-    """`torch.empty`; large ones in RAM lie on huge pages where the system has them, which it fills 5 times as fast."""
-    size = math.prod(shape) * dtype.itemsize
-    if torch.device(device).type != "cpu" or size < HUGE_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
-
-
-def zeros_for_weights(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """`torch.zeros` on the default device, but RAM is not touched: memory that the system has just given is zero, and
-    most of it is given back without ever being used, when weights are loaded."""
-    size, device = math.prod(shape) * dtype.itemsize, torch.get_default_device()
-    if device.type != "cpu" or size < HUGE_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype)
-    return empty_for_weights(shape, dtype)
-
-
-def landing(place: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Where a file's bytes go: `place` itself if it lies in RAM and has their dtype, else memory of its own."""
-    straight = place is not None and place.device.type == "cpu" and place.dtype == dtype
-    return place if straight else torch.empty(shape, dtype=dtype)
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor in RAM."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 @dataclass
@@ -78,7 +42,7 @@ class Part:
     """One tensor of one expert on disk, and what the slots call it."""
 
     parameter: str
-    source: "Source"
+    source: Source
     name: str
 
 
@@ -122,19 +86,21 @@ class ExpertFiles:
             raise OSError(f"expert {key[1]} of layer {key[0]}: {error}") from error
         for part, place, buffer in buffers:
             if place is None:
-                self._check_shape(part, buffer.tolist())
+                expected = self.shapes[part.name.split(".")[-2]]
+                check_matrix_shape(part.name, buffer.tolist(), expected)
             elif place is not buffer:
                 place.copy_(buffer)
         with self.lock:
             self.bytes_read += sum(buffer.nbytes for _, _, buffer in buffers)
             self.seconds += time.perf_counter() - start
 
-    def _check_shape(self, part: Part, found: list[int]) -> None:
-        expected = list(self.shapes[part.name.split(".")[-2]])
-        if found != expected:
-            raise ValueError(
-                f"{part.name} of the checkpoint says {found}, but the config makes the matrix {expected}."
-            )
+
+def check_matrix_shape(name: str, found: list[int], expected: tuple[int, int]) -> None:
+    """`weight_shape` of an expert must say what the packed words' own shape says. Raises ValueError."""
+    if found != list(expected):
+        raise ValueError(
+            f"{name} of the checkpoint says {found}, but the config makes the matrix {list(expected)}."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- slots
@@ -337,7 +303,7 @@ class Visit:
     def __init__(self, cache: SlotCache, layer: int, experts: Sequence[int], num_experts: int):
         self.cache, self.layer, self.experts, self.num_experts = cache, layer, experts, num_experts
         self.place = {expert: place for place, expert in enumerate(experts)}
-        self.passed = self.ahead = 0  # places: experts behind us; experts whose reading was started
+        self.passed = self.ahead = 0  # places: experts already used; experts whose reading was started
         self.remaining = {(layer, expert) for expert in experts}
 
     def read_ahead(self) -> None:

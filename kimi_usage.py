@@ -1,4 +1,4 @@
-"""What a model uses: which experts its router chooses, and where its bytes lie.
+"""What a model uses: which experts its router chooses, and how many bytes it has on each device.
 
 with model.collect_routing() as routing:
     model.generate(...)
@@ -18,8 +18,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-
-from .kimi_moe import Router
 
 
 @dataclass
@@ -80,8 +78,8 @@ def recorded_routing(model: nn.Module) -> Iterator[Routing]:
             hook.remove()
 
 
-def named_routers(model: nn.Module) -> Iterator[tuple[str, Router]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Router))
+def named_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return (item for item in model.named_modules() if hasattr(item[1], "e_score_correction_bias"))
 
 
 @dataclass

@@ -1,58 +1,558 @@
-"""Kimi K2.7 Code: the table of contents. Attention, experts, vision and weights have files of their own.
+"""Kimi K2.7 Code: the whole forward pass, top to bottom. Plain torch is the truth; `kimi_backends.py` knows faster code.
 
     input_ids (B, T) -- embed_tokens --> (B, T, H)      <|media_pad|> rows replaced by vision features:
                                                         pixel_values -- vision_tower, mm_projector --> (M, H)
-    61 x DecoderLayer    x += self_attn(input_layernorm(x))              MLA, latent cache   kimi_attention.py
-                         x += mlp(post_attention_layernorm(x))           dense, then MoE     kimi_moe.py
+    61 x DecoderLayer    x += self_attn(input_layernorm(x))              MLA
+                         x += mlp(post_attention_layernorm(x))           layer 0 MLP, the others MoE
     norm, lm_head        logits (B, T or the last few, V)
 
-Names of modules and parameters are the checkpoint's. B sequences, T tokens, H hidden size, V vocabulary, M vision
-tokens of all items together, P patches, N media items.
+Multi-head latent attention (MLA)
+
+    x (B, T, H)
+      q_a_proj, q_a_layernorm, q_b_proj  -> q_nope (B, h, T, dn), q_pe (B, h, T, dr), the latter rotated
+      kv_a_proj_with_mqa                 -> latent (B, 1, T, c)         normed by kv_a_layernorm; this is cached,
+                                            k_pe   (B, 1, T, dr)        one head, rotated, not normed; cached too
+    expand    kv_b_proj(latent)          -> k_nope (B, h, S, dn), v (B, h, S, dv)
+              softmax(scale * (q_nope . k_nope + q_pe . k_pe)) v
+    absorb    kv_b_proj's rows are UK (h, dn, c) and UV (h, dv, c), and since q . (UK c) = (UK^T q) . c
+              UV softmax(scale * ((UK^T q_nope) . latent + q_pe . k_pe)) latent
+      o_proj                             -> (B, T, H)
+
+The two are equal but for rounding. Expanding costs 2c(dn + dv) flops per cached token and head, once per call;
+absorbing makes each pair of query and key 2(2c + dr) flops instead of 2(dn + dr + dv). So few new tokens absorb, and
+read nothing but the cache: a step's time hardly grows with depth. Many new tokens expand, a few heads at a time, so
+that the memory they take is bounded. The cache holds c + dr = 576 values per token and layer, where expanded keys and
+values would be h(dn + dr + dv) = 20,480 (see `kimi_cache.py`).
+
+Mixture of experts (MoE)
+
+    x (R, H)
+      Router    s = sigmoid(x W^T) in fp32, (R, E)
+                choose the K best of s + e_score_correction_bias, within the best groups
+                weights = s at the chosen, divided by their sum, times routed_scaling_factor
+      Experts   sum_k weights_k * down(silu(gate(x)) * up(x)) of expert k, summed in fp32     kimi_experts.py
+      + shared_experts(x)
+
+The correction bias only selects: it was trained to balance load without an auxiliary loss and never scales an output.
+
+Letters: B sequences, T new tokens, S cached + new tokens, H hidden size, h heads, V vocabulary; per head dn =
+qk_nope_head_dim (128), dr = qk_rope_head_dim (64), dv = v_head_dim (128); c = kv_lora_rank (512); R rows (all tokens of a
+batch), E experts, K experts per token, I inner size; P patches, N media items, M vision tokens of all items.
+
+Names of modules and parameters are the checkpoint's. Sources: DeepSeek-V2 (arXiv:2405.04434 section 2.1) and DeepSeek-V3
+(arXiv:2412.19437 eq. 1-11 for MLA, section 2.1.2 for the router), YaRN (arXiv:2309.00071 section 3).
 """
 
-import inspect
-import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple, logging
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
 
 from .configuration_kimi import KimiK25Config, KimiK25TextConfig
-from .kimi_attention import MLA, RMSNorm, RotaryEmbedding
-from .kimi_cache import new_cache, with_latent_layers
-from .kimi_checkpoint import load_checkpoint, loading_result, save_checkpoint
-from .kimi_linear import Linear
-from .kimi_moe import MLP, Experts, MoE, Router
-from .kimi_pool import pool_experts, requested
-from .kimi_prompt_media import PromptMedia, check_counts, read_prompt_media
+from .kimi_backends import (
+    MLP_ROWS,
+    MOE_ROWS,
+    by_rows,
+    choose_path,
+    expanded_head_slices,
+    faster_absorb,
+    faster_expanded_attention,
+    faster_latent_attention,
+    faster_linear,
+    faster_rms_norm,
+    faster_rotary,
+    faster_scores,
+    part_of_mask,
+    query_slices,
+)
+from .kimi_cache import CACHE, append, causal_mask, count_positions, new_cache, readable_mask
+from .kimi_experts import Experts, apply_keeping_dtype
+from .kimi_generation import KimiGenerationMixin, check_counts, check_ids, check_length
+from .kimi_pool import pool_experts
+from .kimi_pretrained import KimiPretrainedMixin
 from .kimi_usage import MemoryReport, Routing, memory_report, recorded_routing
 from .kimi_vision import MoonViT, PatchMergerProjector, PositionEmbedding
 
 if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point names itself
     from .kimi_attention_triton import latent_attention_triton  # noqa: F401
+    from .kimi_checkpoint import load_checkpoint  # noqa: F401
     from .kimi_cpu import experts_int4  # noqa: F401
     from .kimi_cpu_code import SOURCE  # noqa: F401
     from .kimi_files import Shard  # noqa: F401
     from .kimi_int4 import int4_linear  # noqa: F401
     from .kimi_int4_triton import run_experts_triton  # noqa: F401
     from .kimi_machine import detect_ram  # noqa: F401
+    from .kimi_safetensors import read_header  # noqa: F401
     from .kimi_sizes import weight_bytes  # noqa: F401
     from .kimi_slots import SlotCache  # noqa: F401
 
-logger = logging.get_logger(__name__)
-MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
-# From 5.24 on transformers calls the cache `cache`: in what models return, and in what generate() hands around.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+ROTATED_HEADS, ROTATED_TOKENS = 8, 128  # of a prompt longer than that, heads rotated at once in fp32
+
+
+# ------------------------------------------------------------------------------------------------ linear, norm, rotation
+
+
+class Linear(nn.Linear):
+    """y = x W^T, without a bias. x (..., inputs), W (outputs, inputs)."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = faster_linear(x, self.weight) or F.linear
+        return product(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, x (..., dim)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm = faster_rms_norm(x, self.weight) or rms_norm
+        return norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Statistics in fp32, rounded to x's dtype before the weight multiplies."""
+    # A norm reads bf16 and sums in fp32, where squares would be written out: three times the input's size, in fp32.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    inverse_rms = torch.rsqrt(norm.square() / x.shape[-1] + eps)
+    return weight * (x * inverse_rms).to(x.dtype)
+
+
+def yarn_inv_freq(dim: int, rope: dict[str, Any]) -> torch.Tensor:
+    """Radians per position of the dim/2 rotated pairs, (dim/2,) fp32 on the CPU.
+
+    Pair j turns by base^(-2j/dim) per token. YaRN leaves the fast pairs alone, slows those that would not complete a
+    turn within the original context by `factor`, and blends the pairs between `low` and `high` linearly.
+    """
+    theta = rope["rope_theta"]
+    plain = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    if rope["rope_type"] != "yarn":
+        return plain
+
+    def pair_that_turns(times: float) -> float:
+        """The (fractional) pair that makes this many full turns within the original context."""
+        original = rope["original_max_position_embeddings"]
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_that_turns(rope["beta_fast"])), 0)
+    high = min(math.ceil(pair_that_turns(rope["beta_slow"])), dim - 1)
+    width = high - low or 0.001  # both at the same pair: a step
+    slowed = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
+    return plain / rope["factor"] * slowed + plain * (1 - slowed)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """0.1 * mscale * ln(factor) + 1: how much YaRN sharpens attention for a context stretched by `factor`."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def softmax_scale(config: KimiK25TextConfig) -> float:
+    """(dn + dr)^-0.5, times YaRN's m squared; applied at every length, also to the unrotated part."""
+    scale, rope = config.qk_head_dim**-0.5, config.rope_parameters
+    if rope["rope_type"] == "yarn" and rope.get("mscale_all_dim"):
+        scale *= yarn_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
+    return scale
+
+
+def rope_amplitude(rope: dict[str, Any]) -> float:
+    """Factor on cos and sin: m(mscale) / m(mscale_all_dim), 1.0 for every published checkpoint."""
+    if rope["rope_type"] != "yarn":
+        return 1.0
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return yarn_mscale(rope["factor"], rope["mscale"]) / yarn_mscale(
+            rope["factor"], rope["mscale_all_dim"]
+        )
+    return yarn_mscale(rope["factor"], 1.0)
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotated pairs; one for all layers.
+
+    The frequencies are neither parameter nor buffer: meta initialisation would leave a buffer empty, and `.half()`
+    would round it. They are made once for each device.
+    """
+
+    def __init__(self, config: KimiK25TextConfig):
+        super().__init__()
+        self.dim, self.rope = config.qk_rope_head_dim, config.rope_parameters
+        self.amplitude = rope_amplitude(self.rope)
+        self._inv_freq: dict[torch.device, torch.Tensor] = {}
+
+    def inv_freq(self, device: torch.device) -> torch.Tensor:
+        if device not in self._inv_freq:
+            self._inv_freq[device] = yarn_inv_freq(self.dim, self.rope).to(device)
+        return self._inv_freq[device]
+
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T) positions to cos and sin, each (B, T, dr/2) fp32.
+
+        fp32 on purpose: bf16 angles lose whole turns, and fp64 ones would differ from every engine far out.
+        """
+        angles = position_ids.unsqueeze(-1).float() * self.inv_freq(position_ids.device)
+        return angles.cos() * self.amplitude, angles.sin() * self.amplitude
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs of x (B, h, T, dr) by the angles of cos and sin (B, T, dr/2); see `rotate_pairs`."""
+    rotate = faster_rotary(x) or rotate_pairs
+    if rotate is rotate_pairs and x.shape[1] > ROTATED_HEADS and x.shape[2] > ROTATED_TOKENS:
+        return torch.cat([rotate(some, cos, sin) for some in x.split(ROTATED_HEADS, dim=1)], dim=1)
+    return rotate(x, cos, sin)
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns adjacent pairs (x[2j], x[2j+1]) by angle j; x (B, h, T, dr), cos and sin (B, T, dr/2).
+
+    The result lists all first members, then all second ones: the layout of the published code, in which k_pe is cached.
+    Scores do not depend on it as long as q and k share it. Rotates in fp32 and rounds once.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, T, dr/2)
+    first, second = x[..., 0::2].float(), x[..., 1::2].float()
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------- multi-head latent attention
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention of one layer; see the top of this file."""
+
+    is_causal = True  # read by transformers' attention functions when they get no mask
+
+    def __init__(self, config: KimiK25TextConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads, self.num_key_value_groups = config.num_attention_heads, 1
+        self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.v_dim, self.latent_dim = config.v_head_dim, config.kv_lora_rank
+        self.scaling = softmax_scale(config)
+        width, rank, heads = config.hidden_size, config.q_lora_rank, self.num_heads
+
+        self.q_a_proj = Linear(width, rank)
+        self.q_a_layernorm = RMSNorm(rank, config.latent_norm_eps)
+        self.q_b_proj = Linear(rank, heads * (self.nope_dim + self.rope_dim))
+        self.kv_a_proj_with_mqa = Linear(width, self.latent_dim + self.rope_dim)
+        self.kv_a_layernorm = RMSNorm(self.latent_dim, config.latent_norm_eps)
+        self.kv_b_proj = Linear(self.latent_dim, heads * (self.nope_dim + self.v_dim))
+        self.o_proj = Linear(heads * self.v_dim, width)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache_position: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, H) to (B, T, H), and the attention weights (B, h, T, S) if the implementation is "eager"."""
+        q_nope, q_pe = self.queries(hidden_states, position_embeddings)
+        latent, k_pe = self.latents(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            latent, k_pe = append(past_key_values, latent, k_pe, self.layer_idx, cache_position)
+        path = choose_path(self.config.mla_path, q_nope.shape[2], latent.shape[2], latent.device.type)
+        attend = self.absorb if path == "absorb" else self.expand
+        output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)  # (B, T, h, dv)
+        return self.o_proj(output.flatten(-2)), weights
+
+    def queries(
+        self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, H) to q_nope (B, h, T, dn) and rotated q_pe (B, h, T, dr)."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, T, dn + dr)
+        q_nope, q_pe = q.split((self.nope_dim, self.rope_dim), dim=-1)
+        return q_nope, apply_rotary(q_pe, *cos_sin)
+
+    def latents(
+        self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, H) to what is cached: latent (B, 1, T, c) and rotated k_pe (B, 1, T, dr)."""
+        compressed = self.kv_a_proj_with_mqa(x).unsqueeze(1)  # (B, 1, T, c + dr)
+        latent, k_pe = compressed.split((self.latent_dim, self.rope_dim), dim=-1)
+        return self.kv_a_layernorm(latent), apply_rotary(k_pe, *cos_sin)
+
+    def up_projections(self, latent: torch.Tensor) -> torch.Tensor:
+        """`kv_b_proj` as (h, dn + dv, c): UK above UV of each head. A view of the weight wherever that is the weight.
+
+        Adapters and offloading hooks replace what the module computes, not its `weight`; then the module is asked for
+        the images of the c unit vectors.
+        """
+        module = self.kv_b_proj
+        if type(module) is Linear and not hasattr(module, "_hf_hook"):
+            weight = module.weight
+        else:
+            units = torch.eye(self.latent_dim, dtype=latent.dtype, device=latent.device)
+            weight = module(units).T
+        return weight.unflatten(0, (self.num_heads, -1))
+
+    def absorb(
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        latent: torch.Tensor,
+        k_pe: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention on the cache as it is: latent (B, 1, S, c), k_pe (B, 1, S, dr). Returns (B, T, h, dv)."""
+        up, path, wants_weights = self.up_projections(latent), self.config.mla_path, self.wants_weights()
+        flash = "flash" in self.config._attn_implementation
+        mask = readable_mask(attention_mask, q_nope.shape[2], latent.shape[2], latent.device, flash)
+        if whole := faster_absorb(path, q_nope, up, latent, k_pe, mask, wants_weights):
+            return whole(q_nope, q_pe, up, latent, k_pe, mask, self.scaling), None
+
+        up_k, up_v = up.split((self.nope_dim, self.v_dim), dim=1)
+        q_latent = torch.einsum("bhtd,hdc->bhtc", q_nope, up_k)
+        attend = faster_latent_attention(path, q_latent, wants_weights, latent_attention) or latent_attention
+        outputs, kept = [], []
+        for rows in query_slices(q_latent, latent.shape[2]):
+            queries = q_latent[:, :, rows], q_pe[:, :, rows]
+            output, weights = attend(*queries, latent, k_pe, part_of_mask(mask, rows), self.scaling)
+            outputs.append(output)  # (B, h, rows, c)
+            if wants_weights:  # otherwise they are what the workspace bounds
+                kept.append(weights)
+            del weights
+        output = torch.cat(outputs, dim=2)  # (B, h, T, c)
+        weights = torch.cat(kept, dim=2) if kept else None
+        return torch.einsum("bhtc,hvc->bthv", output, up_v), weights
+
+    def expand(
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        latent: torch.Tensor,
+        k_pe: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention on keys and values made from the cache, as many heads at a time as the workspace holds.
+
+        Arguments and result as those of `absorb`.
+        """
+        how = self.config._attn_implementation, self.dropout()
+        parts = expanded_head_slices(*how, q_nope, q_pe, latent, self.v_dim, attention_mask)
+        if len(parts) == 1:
+            kv = self.kv_b_proj(latent.squeeze(1))  # (B, S, h (dn + dv))
+            return self.attend(q_nope, q_pe, kv, k_pe, attention_mask, **kwargs)
+        batch, _, num_new, _ = q_nope.shape
+        # Filled in place: a list to be joined at the end would hold the output twice.
+        output = q_nope.new_empty(batch, num_new, self.num_heads, self.v_dim)  # (B, T, h, dv)
+        up, kept = self.up_projections(latent), []
+        for part in parts:
+            kv = F.linear(latent.squeeze(1), up[part].flatten(0, 1))  # (B, S, some h (dn + dv))
+            queries = q_nope[:, part], q_pe[:, part]
+            output[:, :, part], weights = self.attend(*queries, kv, k_pe, attention_mask, **kwargs)
+            del kv
+            if weights is not None:
+                kept.append(weights)
+        return output, torch.cat(kept, dim=1) if kept else None
+
+    def attend(
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        kv: torch.Tensor,
+        k_pe: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of some heads by the chosen implementation, kv (B, S, h (dn + dv)); returns (B, T, h, dv)."""
+        implementation, dropout = how = self.config._attn_implementation, self.dropout()
+        kv = kv.unflatten(-1, (-1, self.nope_dim + self.v_dim)).transpose(1, 2)  # (B, h, S, dn + dv)
+        if fast := faster_expanded_attention(*how, q_nope, q_pe, kv, self.v_dim, attention_mask):
+            return fast(q_nope, q_pe, kv, k_pe, attention_mask, self.scaling), None
+        k_nope, value = kv.split((self.nope_dim, self.v_dim), dim=-1)
+        key = torch.cat((k_nope, k_pe.expand(-1, kv.shape[1], -1, -1)), dim=-1)  # (B, h, S, dn + dr)
+        query = torch.cat((q_nope, q_pe), dim=-1)  # (B, h, T, dn + dr)
+        attention: Callable = eager_attention
+        if not self.wants_weights():
+            attention = ALL_ATTENTION_FUNCTIONS[implementation]
+            # The fused kernels want one width for k and v; without it SDPA falls back to materialised scores.
+            value = F.pad(value, (0, max(query.shape[-1] - self.v_dim, 0)))
+        output, weights = attention(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )
+        return output[..., : self.v_dim], weights
+
+    def wants_weights(self) -> bool:
+        return self.config._attn_implementation == "eager"
+
+    def dropout(self) -> float:
+        return self.config.attention_dropout if self.training else 0.0
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain code of `expand`: (B, h, T, d) times (B, h, S, d), softmax in fp32, under a mask (B, 1, T, S) or none.
+
+    Returns the output (B, T, h, dv) and the weights (B, h, T, S).
+    """
+    scores = hide(query @ key.transpose(-1, -2) * scaling, attention_mask)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def hide(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores under a mask: additive, or boolean with True = seen. A row that sees nothing stays finite."""
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:  # adding it, as some ports do, would show everything
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask
+
+
+def latent_attention(
+    q_latent: torch.Tensor,
+    q_pe: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plain code of `absorb`: one key-value head, shared by all query heads.
+
+    q_latent (B, h, T, c), q_pe (B, h, T, dr), latent (B, 1, S, c), k_pe (B, 1, S, dr), mask as `readable_mask` returns.
+    Returns (B, h, T, c) and the weights (B, h, T, S). Scores and softmax are fp32: the small rotated part is multiplied
+    in fp32, so a score is rounded once, like an expanded one.
+    """
+    scores = many_times_one(q_latent, latent.transpose(-1, -2)).float()
+    scores = (scores + many_times_one(q_pe.float(), k_pe.float().transpose(-1, -2))) * scaling
+    weights = hide(scores, mask).softmax(dim=-1).to(q_latent.dtype)
+    return many_times_one(weights, latent), weights
+
+
+def many_times_one(many: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+    """(B, h, T, k) times (B, 1, k, n), all heads as the rows of one product: the shared operand is read once."""
+    return (many.flatten(1, 2) @ one.squeeze(1)).unflatten(1, many.shape[1:3])
+
+
+# ------------------------------------------------------------------------------------------------ feed-forward, experts
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), no biases. The dense first layer and the shared expert."""
+
+    def __init__(self, hidden_size: int, inner_size: int):
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, inner_size)
+        self.up_proj = Linear(hidden_size, inner_size)
+        self.down_proj = Linear(inner_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., H) to (..., H)."""
+        return by_rows(self.swiglu, x, MLP_ROWS)
+
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def route(
+    scores: torch.Tensor, bias: torch.Tensor, top_k: int, n_group: int, topk_group: int
+) -> torch.Tensor:
+    """Chooses `top_k` experts by scores + bias, both fp32, from the `topk_group` best groups: (R, E) to (R, K) ids.
+
+    A group's score is the sum of its two best. Closed groups get -inf, not 0: with negative biases an open
+    expert may lie below 0.
+    """
+    choice = scores + bias
+    if topk_group < n_group:
+        grouped = choice.unflatten(-1, (n_group, -1))  # (R, G, E/G)
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(topk_group, dim=-1).indices  # (R, topk_group)
+        closed = torch.ones(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter(1, best, False)
+        choice = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
+    return choice.topk(top_k, dim=-1, sorted=False).indices
+
+
+def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(x.float(), weight.float())
+
+
+class Router(nn.Module):
+    """Chooses experts and their weights for each row. Not an nn.Linear: quantizers would pack it by its class."""
+
+    def __init__(self, config: KimiK25TextConfig):
+        super().__init__()
+        self.top_k, self.n_group, self.topk_group = (
+            config.num_experts_per_tok,
+            config.n_group,
+            config.topk_group,
+        )
+        self.norm_topk_prob, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.e_score_correction_bias = nn.Parameter(
+            torch.zeros(config.n_routed_experts, dtype=torch.float32), requires_grad=False
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(R, H) to topk_ids (R, K) int64 and topk_weights (R, K) fp32."""
+        with torch.autocast(x.device.type, enabled=False):
+            # fp32: scores in bf16 tie, and ties swap experts.
+            product = faster_scores(x, self.weight) or linear_fp32
+            scores = product(x, self.weight).sigmoid()  # (R, E)
+        with torch.no_grad():
+            topk_ids = route(scores, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group)
+        topk_weights = scores.gather(-1, topk_ids)
+        if self.norm_topk_prob:
+            topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
+        return topk_ids, topk_weights * self.scaling
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        return apply_keeping_dtype(self, fn, ("e_score_correction_bias",))
+
+
+class MoE(nn.Module):
+    """Router, routed experts and the shared expert, which every token passes with weight one."""
+
+    def __init__(self, config: KimiK25TextConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, H) to (B, T, H)."""
+        return by_rows(self.mix, x, MOE_ROWS)
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, -2)  # (R, H)
+        topk_ids, topk_weights = self.gate(flat)
+        self.experts.prefetch(topk_ids)
+        shared = self.shared_experts(x)
+        routed = self.experts(flat, topk_ids, topk_weights).to(x.dtype)
+        return routed.view_as(x) + shared
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -112,7 +612,7 @@ class Decoder(nn.Module):
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
         shared = {
             "position_embeddings": self.rotary_emb(position_ids),
-            "attention_mask": _causal_mask(
+            "attention_mask": causal_mask(
                 self.config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position
             ),
             "past_key_values": past_key_values,
@@ -124,7 +624,7 @@ class Decoder(nn.Module):
         for idx, layer in enumerate(self.layers):
             x, weights = layer(x, **shared, **kwargs)
             if debug_nan:
-                _check_finite(x, f"layer {idx}")
+                check_finite(x, f"layer {idx}")
             if output_hidden_states:
                 all_states.append(x)
             if output_attentions:
@@ -147,7 +647,16 @@ class CausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
 
-class KimiK25PreTrainedModel(PreTrainedModel):
+def check_finite(x: torch.Tensor, where: str) -> None:
+    wrong = int((~torch.isfinite(x)).sum())
+    if wrong:
+        raise ValueError(f"{where} made the first NaN or infinity: {wrong} of {x.numel()} values.")
+
+
+# ---------------------------------------------------------------------------------------------------------- whole model
+
+
+class KimiK25PreTrainedModel(KimiPretrainedMixin, PreTrainedModel):
     """What transformers wants to know about the model: how it is placed, initialised, read and written."""
 
     config_class = KimiK25Config
@@ -176,96 +685,8 @@ class KimiK25PreTrainedModel(PreTrainedModel):
         elif isinstance(bias := getattr(module, "bias", None), torch.Tensor):
             nn.init.zeros_(bias)
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Logical weights: an int4 expert counts its codes, not its words, scales and shapes."""
-        total = 0
-        for module in self.modules():
-            if isinstance(module, Experts):
-                trainable = not module.packed and any(p.requires_grad for p in module.parameters())
-                total += module.num_weights() if trainable or not only_trainable else 0
-            elif not (exclude_embeddings and isinstance(module, nn.Embedding)):
-                parameters = module.parameters(recurse=False)
-                total += sum(p.numel() for p in parameters if p.requires_grad or not only_trainable)
-        return total
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *args: Any,
-        expert_cache: int | str | None = None,
-        **kwargs: Any,
-    ) -> "KimiK25PreTrainedModel":
-        """PreTrainedModel.from_pretrained, which loads in the checkpoint's dtype (bf16) unless told otherwise.
-
-        `expert_cache`: bytes (or "20GB") of memory for routed experts, which otherwise stay in the checkpoint's files and
-        are read when a token needs them; "auto" takes what is free, and all of them if they fit. None: all are loaded.
-
-        Raises ValueError for weights that contradict the config or the model (missing, unknown, wrong shape or dtype),
-        OSError for missing or damaged files. Never returns a model with a tensor that was not read.
-        """
-        if kwargs.get("quantization_config") is not None:
-            raise ValueError(
-                "quantization_config cannot be given: the experts are int4 in the checkpoint and stay so; leave it out."
-            )
-        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
-        if dtype in (torch.float16, "float16"):
-            logger.warning(
-                "dtype=torch.float16: the scales of the int4 experts are bfloat16 and the model was trained in bfloat16;"
-                " float16 overflows above 65504. Prefer dtype=torch.bfloat16."
-            )
-        try:
-            with requested(expert_cache, kwargs.get("device_map")):
-                loaded = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=dtype, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"a weight file of {pretrained_model_name_or_path} is damaged or truncated ({error}); download it again."
-            ) from error
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        _set_stacked_names(model, False)
-        return loaded
-
-    @classmethod
-    def _load_pretrained_model(cls, model: "KimiK25PreTrainedModel", *args: Any, **kwargs: Any) -> Any:
-        """Where both majors read weights, replaced by `load_checkpoint`; arguments and result differ between them."""
-        _set_stacked_names(model, True)
-        request, finish = loading_result(model, PreTrainedModel._load_pretrained_model, args, kwargs)
-        return finish(load_checkpoint(model, **request))
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = "10GB",
-        variant: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """PreTrainedModel.save_pretrained with the checkpoint's own names and bytes, one shard in memory at a time.
-
-        A `state_dict` is saved instead of the model's own tensors. Adapters (PEFT) are saved as transformers does.
-        """
-        if getattr(self, "_hf_peft_config_loaded", False):
-            return super().save_pretrained(
-                save_directory,
-                is_main_process,
-                state_dict,
-                push_to_hub=push_to_hub,
-                variant=variant,
-                **kwargs,
-            )
-        if not kwargs.pop("safe_serialization", True):
-            raise ValueError("safe_serialization=False would write pickle; only safetensors are written.")
-        with _no_progress_bar():  # of zero shards: the weights follow
-            super().save_pretrained(save_directory, is_main_process, state_dict={}, **kwargs)
-        if is_main_process:
-            save_checkpoint(self, save_directory, state_dict, max_shard_size, variant)
-        if push_to_hub:
-            _upload(save_directory, **kwargs)
-
-
-class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
+class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixin):
     """The whole model: MoonViT, projector, language model."""
 
     def __init__(self, config: KimiK25Config):
@@ -326,63 +747,33 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
             labels: (B, T), `ignore_index` where there is no loss; shifted inside.
             logits_to_keep: 0 for all positions, n for the last n, or indices.
             cache: another name of past_key_values, which transformers uses from 5.24 on.
-            debug_nan: raise a ValueError that names the first layer whose output has a NaN or an infinity. Waits for the
-                device after each layer.
+            debug_nan: a ValueError names the first layer that makes a NaN or an infinity; waits for the device after each.
 
-        Returns logits (B, kept, V) in the model's dtype, the loss if labels are given, and the cache, which holds the
-        latents: 576 values per token and layer at full size.
+        Returns logits (B, kept, V) in the model's dtype, the loss if labels are given, and the cache.
         """
-        text = self.config.text_config
-        past_key_values = cache if past_key_values is None else past_key_values
-        if use_cache is None:
-            use_cache = text.use_cache and not (self.training and self.is_gradient_checkpointing)
-        if use_cache and past_key_values is None:
-            past_key_values = new_cache(text)
-        inputs_embeds = self._embed(input_ids, inputs_embeds)  # (B, T, H)
-        if debug_nan:
-            _check_finite(inputs_embeds, "embed_tokens")
-        if pixel_values is not None and pixel_values.numel():
-            inputs_embeds = self._insert_media(input_ids, inputs_embeds, pixel_values, grid_thws)
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-        _check_length(past_length, inputs_embeds.shape[1], text.max_position_embeddings)
-        cache_position = kwargs.pop(
-            "cache_position", None
-        )  # 4.57's generate() gives it, 5.x has no such thing
-        if cache_position is None:
-            cache_position = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-        if position_ids is None:
-            position_ids = _position_ids(attention_mask, cache_position)
-
+        past_key_values = self._cache_to_use(cache if past_key_values is None else past_key_values, use_cache)
+        inputs_embeds = self._embed(input_ids, inputs_embeds, pixel_values, grid_thws, debug_nan)  # (B, T, H)
+        # cache_position: 4.57's generate() gives it, 5.x has no such thing.
+        position_ids, cache_position = self._positions(
+            inputs_embeds, attention_mask, position_ids, past_key_values, kwargs.pop("cache_position", None)
+        )
         outputs = self.language_model.model(
             inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             cache_position=cache_position,
-            output_attentions=self.config.output_attentions
-            if output_attentions is None
-            else output_attentions,
-            output_hidden_states=(
-                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            ),
+            output_attentions=self._option("output_attentions", output_attentions),
+            output_hidden_states=self._option("output_hidden_states", output_hidden_states),
             debug_nan=debug_nan,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.language_model.lm_head(outputs.last_hidden_state[:, keep])
         if debug_nan:
-            _check_finite(logits, "lm_head")
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=text.vocab_size,
-                ignore_index=self.config.ignore_index,
-                **{key: kwargs[key] for key in ("num_items_in_batch",) if key in kwargs},
-            )
+            check_finite(logits, "lm_head")
         return CausalLMOutputWithPast(
-            loss=loss,
+            loss=None if labels is None else self._loss(logits, labels, **kwargs),
             logits=logits,
             **{CACHE: past_key_values},
             hidden_states=outputs.hidden_states,
@@ -406,13 +797,62 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         """(P, 3, 14, 14) and (N, 3) to N tensors (tokens of the item, H); an item is an image or a chunk of a video."""
         return self.mm_projector(self.vision_tower(pixel_values, grid_thws))
 
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    def _option(self, name: str, value: bool | None) -> bool:
+        return getattr(self.config, name) if value is None else value
+
+    def _cache_to_use(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The given cache, or a new one if one is to be used."""
+        text = self.config.text_config
+        if use_cache is None:
+            use_cache = text.use_cache and not (self.training and self.is_gradient_checkpointing)
+        return new_cache(text) if use_cache and given is None else given
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        grid_thws: torch.Tensor | None,
+        debug_nan: bool,
+    ) -> torch.Tensor:
+        """(B, T) ids or (B, T, H) embeddings to (B, T, H), with the features of media in their places."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
-        if input_ids is None:
-            return cast(torch.Tensor, inputs_embeds)
-        _check_ids(input_ids, self.config.text_config.vocab_size)
-        return self.get_input_embeddings()(input_ids)
+        if input_ids is not None:
+            check_ids(input_ids, self.config.text_config.vocab_size)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        inputs_embeds = cast(torch.Tensor, inputs_embeds)
+        if debug_nan:
+            check_finite(inputs_embeds, "embed_tokens")
+        if pixel_values is None or not pixel_values.numel():
+            return inputs_embeds
+        return self._insert_media(input_ids, inputs_embeds, pixel_values, grid_thws)
+
+    def _positions(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        cache_position: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (B or 1, T) of the new tokens, and where (T,) they go in the cache. Refuses too many of them."""
+        num_tokens, past_length = inputs_embeds.shape[1], cache.get_seq_length() if cache is not None else 0
+        check_length(past_length, num_tokens, self.config.text_config.max_position_embeddings)
+        if cache_position is None:
+            cache_position = torch.arange(num_tokens, device=inputs_embeds.device) + past_length
+        if position_ids is None:
+            position_ids = count_positions(attention_mask, cache_position)
+        return position_ids, cache_position
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.FloatTensor:
+        return self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.text_config.vocab_size,
+            ignore_index=self.config.ignore_index,
+            **{key: kwargs[key] for key in ("num_items_in_batch",) if key in kwargs},
+        )
 
     def _insert_media(
         self,
@@ -433,196 +873,3 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, GenerationMixin):
         check_counts(places, [len(item) for item in items], grid_thws.tolist())
         features = torch.cat(items).to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(places.unsqueeze(-1), features)
-
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """GenerationMixin.generate; refuses unknown token ids, prompts beyond the context and media that do not fit
-        the placeholders before any work."""
-        prompt = kwargs.get("input_ids") if inputs is None else inputs
-        if prompt is not None:
-            _check_ids(prompt, self.config.text_config.vocab_size, even_on_gpu=True)
-            _check_length(0, prompt.shape[-1], self.config.text_config.max_position_embeddings)
-        settings: Any = (args[0] if args else kwargs.get("generation_config")) or self.generation_config
-        if kwargs.get("do_sample", settings.do_sample) is False and (kwargs.get("num_beams") or 1) == 1:
-            logger.warning_once(  # type: ignore[attr-defined]
-                "Greedy decoding: a model that thinks may go round in circles with it. The advice is to sample with"
-                " temperature 1.0 and top_p 0.95, as generation_config.json does."
-            )
-        if not getattr(settings, "is_assistant", False):  # which is given the prompt_media of its main model
-            media = self._take_media(prompt, kwargs)
-            kwargs.update({"prompt_media": media} if media else {})
-        return super().generate(inputs, *args, **kwargs)
-
-    def _take_media(self, prompt: torch.Tensor | None, kwargs: dict[str, Any]) -> PromptMedia | None:
-        """Takes pixel_values and grid_thws out of the keywords of generate()."""
-        pixel_values, grid_thws = kwargs.pop("pixel_values", None), kwargs.pop("grid_thws", None)
-        if prompt is None or kwargs.get("inputs_embeds") is not None:
-            if pixel_values is None:
-                return None
-            raise ValueError(
-                "pixel_values need input_ids, whose <|media_pad|> tokens say where the features go, and no inputs_embeds."
-            )
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values") or kwargs.get("cache")
-        return read_prompt_media(
-            prompt == self.config.media_placeholder_token_id,
-            pixel_values,
-            grid_thws,
-            num_cached=int(cache.get_seq_length()) if cache is not None else 0,
-            # A mask that is longer than the ids covers cached tokens that are not given again.
-            first_column=max(mask.shape[1] - prompt.shape[1], 0)
-            if mask is not None and mask.ndim == 2
-            else 0,
-            max_frames=self.config.vision_config.init_pos_emb_time,
-            merge=self.config.vision_config.merge_kernel_size,
-        )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Any,
-        *args: Any,
-        inputs_embeds: Any = None,
-        prompt_media: PromptMedia | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """GenerationMixin's, with embeddings instead of ids where features take the places of `<|media_pad|>`."""
-        positions, columns = kwargs.get("position_ids"), kwargs.get("cache_position")
-        # 4.57's prefill in chunks hands out columns of the cache as positions, padding included; its decoding does not.
-        if positions is not None and columns is not None and positions.data_ptr() == columns.data_ptr():
-            del kwargs["position_ids"]
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
-        )
-        ids, cache = inputs.get("input_ids"), inputs.get(CACHE)
-        if prompt_media is not None and ids is not None:
-            start = int(cache.get_seq_length()) if cache is not None else 0
-            if prompt_media.reach(start, ids.shape[1]):
-                embeds = self.get_input_embeddings()(ids)
-                inputs["inputs_embeds"] = prompt_media.insert(embeds, start, self.get_image_features)
-                inputs["input_ids"] = None
-        return inputs
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The cache `generate` would make, with layers that grow in place if it is the default one."""
-        given = model_kwargs.get(CACHE)
-        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if given is None and model_kwargs.get(CACHE) is not None:
-            model_kwargs[CACHE] = with_latent_layers(model_kwargs[CACHE], self.config.text_config)
-        return result
-
-    def _prepare_generated_length(self, **kwargs: Any) -> Any:
-        """Keeps 5.x from warning at each call that max_new_tokens beats the max_length of generation_config.json."""
-        settings, own = kwargs["generation_config"], self.generation_config
-        if settings.max_new_tokens is not None and own and settings.max_length == own.max_length:
-            kwargs["has_default_max_length"] = True
-        return super()._prepare_generated_length(**kwargs)
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any
-    ) -> dict:
-        """Media are inserted once, in the prefill; with a cache their features live on in it."""
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("use_cache", True):
-            model_kwargs.pop("prompt_media", None)
-        return model_kwargs
-
-
-def _position_ids(attention_mask: torch.Tensor | None, cache_position: torch.Tensor) -> torch.Tensor:
-    """(B or 1, T) positions of the new tokens; left padding takes none, so a padded row equals the row alone."""
-    num_tokens = len(cache_position)
-    if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= num_tokens:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]
-    return cache_position.unsqueeze(0)
-
-
-def _causal_mask(
-    config: KimiK25TextConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
-    position_ids: torch.Tensor,
-    cache_position: torch.Tensor | None,
-) -> Any:
-    """The mask in the form that the chosen attention implementation wants; the versions differ in names."""
-    arguments = {
-        "config": config,
-        "inputs_embeds": inputs_embeds,
-        "attention_mask": attention_mask,
-        "past_key_values": past_key_values,
-        "position_ids": position_ids,
-    }
-    if "cache" in MASK_ARGUMENTS:
-        arguments["cache"] = arguments.pop("past_key_values")
-    if "input_embeds" in MASK_ARGUMENTS:  # 4.57
-        arguments["input_embeds"] = arguments.pop("inputs_embeds")
-        arguments["cache_position"] = cache_position
-    return create_causal_mask(**arguments)
-
-
-def _check_ids(input_ids: torch.Tensor, vocab_size: int, even_on_gpu: bool = False) -> None:
-    """Refuses ids outside the vocabulary. Looking costs a sync on an accelerator, so generate() does it once there."""
-    if torch.compiler.is_compiling() or not input_ids.numel() or input_ids.device.type == "meta":
-        return
-    if input_ids.device.type == "cpu" or even_on_gpu:
-        low, high = (int(value) for value in input_ids.aminmax())
-        if low < 0 or high >= vocab_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token id {wrong} lies outside the vocabulary of {vocab_size} tokens.")
-
-
-def _check_finite(x: torch.Tensor, where: str) -> None:
-    wrong = int((~torch.isfinite(x)).sum())
-    if wrong:
-        raise ValueError(f"{where} made the first NaN or infinity: {wrong} of {x.numel()} values.")
-
-
-def _check_length(past_length: int | torch.Tensor, num_tokens: int, max_positions: int) -> None:
-    if isinstance(past_length, int) and past_length + num_tokens > max_positions:
-        cached = f" ({past_length} of them cached)" if past_length else ""
-        raise ValueError(
-            f"{past_length + num_tokens} tokens{cached} exceed max_position_embeddings {max_positions}; shorten the"
-            " prompt."
-        )
-
-
-def _set_stacked_names(model: nn.Module, stacked: bool) -> None:
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.stacked_names = stacked
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
-
-
-def _upload(
-    folder: str | os.PathLike,
-    repo_id: str | None = None,
-    commit_message: str | None = None,
-    token: str | bool | None = None,
-    private: bool | None = None,
-    create_pr: bool = False,
-    revision: str | None = None,
-    **unused: Any,
-) -> None:
-    """Uploads a saved folder to the hub, as PreTrainedModel.save_pretrained(push_to_hub=True) would."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    name = repo_id or os.path.basename(os.path.normpath(folder))
-    repo = api.create_repo(name, private=private, exist_ok=True).repo_id
-    message = commit_message or "Upload KimiK25ForConditionalGeneration"
-    api.upload_folder(
-        repo_id=repo,
-        folder_path=os.fspath(folder),
-        commit_message=message,
-        create_pr=create_pr,
-        revision=revision,
-    )

@@ -25,9 +25,9 @@ wrong, OSError for what cannot be read, each with the place of the culprit.
 """
 
 import re
-import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
 from .kimi_media import decode_base64, drain, naming, open_image
-from .kimi_messages import map_strings, normalize_messages
+from .kimi_messages import normalize_messages, normalize_tool_ids
 from .kimi_tools import normalize_tools
 
 logger = logging.get_logger(__name__)
@@ -51,6 +51,26 @@ SOURCES = {
     "video": ("video_url", "video", "url", "path", "base64"),
 }
 MAJOR = int(transformers.__version__.split(".")[0])
+
+
+@dataclass
+class PreparedChat:
+    """A conversation that is checked, normalised and has its media open; `apply_chat_template` takes it once.
+
+    It is an object of its own, made by `prepare_chat` alone, so no message that a user sends can be taken for one.
+    """
+
+    chats: list[list[dict[str, Any]]]  # normalised; parts of media have no source
+    tools: list[dict[str, Any]] | None
+    items: list[dict[str, Any]] | None  # for the image processor; None once they are taken
+    video_prompts: list[str]
+
+    def take_media(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Items and video prompts. They leave this object, so that a decoded image is not kept longer than needed."""
+        items, self.items = self.items, None
+        if items is None:
+            raise ValueError("this PreparedChat was used already; call prepare_chat again")
+        return items, self.video_prompts
 
 
 class KimiK25Processor(ProcessorMixin):
@@ -137,7 +157,7 @@ class KimiK25Processor(ProcessorMixin):
         return self._encode(
             texts,
             medias,
-            stand_ins={},
+            guarded=False,
             expand_media=bool(expand_media),
             return_tensors=return_tensors,
             allowed_hosts=allowed_hosts,
@@ -168,9 +188,9 @@ class KimiK25Processor(ProcessorMixin):
     ) -> Any:
         """The prompt of a conversation, or of a list of them, as text or as model inputs.
 
-        Goes through the tokenizer's own `apply_chat_template`, which normalises the messages and declares the tools.
-
         Args:
+            conversation: messages as `normalize_messages` takes them, a list of such conversations, or what `prepare_chat`
+                returned, which holds its tools.
             tokenize: whether to make ids; by default if `return_dict` or `return_tensors` asks for them. Without, the
                 result is text with one placeholder per medium, and no medium is read.
             return_dict: all inputs of the model; without, only the ids.
@@ -190,22 +210,22 @@ class KimiK25Processor(ProcessorMixin):
             "continue_final_message": continue_final_message,
             "tokenize": False,
         }
-        if not tokenize:
+        if isinstance(conversation, PreparedChat):
+            if tools is not None or not tokenize:
+                raise ValueError(
+                    "a PreparedChat has its tools and becomes ids; leave tools and tokenize=False out"
+                )
+            chats, tools, media = conversation.chats, conversation.tools, conversation
+        elif not tokenize:
             return self.tokenizer.apply_chat_template(
                 conversation, tools=tools, documents=documents, **options, **kwargs
             )
-        chats, medias = prepare_conversations(conversation)
-        stand_ins = {}
-        if not trusted_text:
-            # Another name for what a user may have typed, so that only the template writes the real one. It cannot be
-            # guessed.
-            stand_ins[f"\ufdd2{secrets.token_hex(8)}\ufdd2"] = VIDEO_PLACEHOLDER
-            chats, tools, documents, kwargs = (
-                hide_placeholders(value, stand_ins)
-                for value in (chats, normalize_tools(tools), documents, kwargs)
-            )
-        texts = self.tokenizer.apply_chat_template(
-            chats, tools=tools, documents=documents, mark_text=not trusted_text, **options, **kwargs
+        else:
+            chats, media = prepare_conversations(conversation)
+            tools = normalize_tools(tools)
+        names = None if trusted_text else [self.video_placeholder]
+        texts = self.tokenizer.render_normalized(
+            chats, tools, documents, kwargs, guarded_names=names, **options
         )
         call = {
             "expand_media": expand_media is not False,
@@ -217,8 +237,27 @@ class KimiK25Processor(ProcessorMixin):
             "padding_side": padding_side,
             "pad_to_multiple_of": pad_to_multiple_of,
         }
-        inputs = self._encode(texts, medias, stand_ins, **{**call, **(processor_kwargs or {})})
+        guarded = not trusted_text
+        inputs = self._encode(texts, media, guarded, **{**call, **(processor_kwargs or {})})
         return inputs if return_dict else inputs["input_ids"]
+
+    def prepare_chat(
+        self,
+        messages: Any,
+        tools: list[dict[str, Any]] | None = None,
+        allowed_hosts: Collection[str] = (),
+        renumber_calls: bool = False,
+    ) -> PreparedChat:
+        """A conversation with its media open and nothing computed, for callers that check sizes first.
+
+        Args:
+            tools: as `normalize_tools` returns them.
+            renumber_calls: whether tool calls get new ids (`normalize_tool_ids`), so that none comes twice.
+        """
+        chats, medias = prepare_conversations(
+            messages, normalize_tool_ids if renumber_calls else normalize_messages
+        )
+        return PreparedChat(chats, tools, *self.preprocess_medias(medias, allowed_hosts))
 
     def _template(self, chat_template: str | None) -> str | None:
         """The template to render with: a text or the name of one. None leaves it to the tokenizer."""
@@ -229,8 +268,8 @@ class KimiK25Processor(ProcessorMixin):
     def _encode(
         self,
         texts: list[str],
-        medias: Sequence[Mapping[str, Any]],
-        stand_ins: Mapping[str, str],
+        media: Sequence[Mapping[str, Any]] | PreparedChat,
+        guarded: bool,
         expand_media: bool,
         return_tensors: str | None,
         allowed_hosts: Collection[str] = (),
@@ -241,15 +280,17 @@ class KimiK25Processor(ProcessorMixin):
         pad_to_multiple_of: int | None = None,
         **ignored: Any,
     ) -> BatchFeature:
-        """Everything after the text. stand_ins: what to write for what, in text of conversations, whose user text is
-        marked; empty for a prompt that the caller wrote."""
+        """Everything after the text. guarded: user text in it is wrapped by `mark_user_text`; False for a prompt that
+        the caller wrote."""
         if without_effect := sorted(key for key, value in ignored.items() if value is not None):
             logger.warning_once(f"keywords without effect: {without_effect}")  # type: ignore[attr-defined]
-        items, video_prompts = self.preprocess_medias(medias, allowed_hosts)
-        texts = self._insert_video_prompts(texts, video_prompts)
-        for stand_in, meant in stand_ins.items():
-            texts = [text.replace(stand_in, meant) for text in texts]
-        options = {"marked": True} if stand_ins else {}
+        items, video_prompts = (
+            media.take_media()
+            if isinstance(media, PreparedChat)
+            else self.preprocess_medias(media, allowed_hosts)
+        )
+        texts = self._insert_video_prompts(texts, video_prompts, guarded)
+        options = {"marked": True} if guarded else {}
         rows = [list(self.tokenizer(text, **options)["input_ids"]) for text in texts]
         counts = [self.image_processor.media_tokens_calculator(item) for item in items]
         pad_id = self.tokenizer.convert_tokens_to_ids(MEDIA_PAD)
@@ -300,15 +341,25 @@ class KimiK25Processor(ProcessorMixin):
         """The text with each video placeholder replaced by the prompts of that video's chunks."""
         return self._insert_video_prompts([text], video_prompts)[0]
 
-    def _insert_video_prompts(self, texts: list[str], video_prompts: Sequence[str]) -> list[str]:
-        found = sum(text.count(self.video_placeholder) for text in texts)
+    def _insert_video_prompts(
+        self, texts: list[str], video_prompts: Sequence[str], guarded: bool = False
+    ) -> list[str]:
+        """The texts with the i-th video placeholder of them all replaced by the i-th prompt. guarded: a placeholder that
+        a user typed is wrapped, and is written out as the text it is."""
+        name, pieces, typed = self.video_placeholder, [[text] for text in texts], ""
+        if guarded:
+            wrapped, typed = self.tokenizer.mark_user_text(name, [name]), self.tokenizer.mark_user_text(name)
+            pieces = [text.split(wrapped) for text in texts]
+        found = sum(piece.count(name) for row in pieces for piece in row)
         if found != len(video_prompts):
             raise ValueError(
-                f"found {found} video placeholders {self.video_placeholder} in the text but {len(video_prompts)} videos"
+                f"found {found} video placeholders {name} in the text but {len(video_prompts)} videos"
             )
         prompts = iter(video_prompts)
-        pattern = re.escape(self.video_placeholder)
-        return [re.sub(pattern, lambda _: next(prompts), text) for text in texts]
+        pattern = re.escape(name)
+        return [
+            typed.join(re.sub(pattern, lambda _: next(prompts), piece) for piece in row) for row in pieces
+        ]
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """For processor_config.json, without the image processor's settings: transformers 5 would nest them here and
@@ -325,7 +376,7 @@ class KimiK25Processor(ProcessorMixin):
 
 
 def prepare_conversations(
-    conversation: Any,
+    conversation: Any, normalize: Callable[[Any], list[dict[str, Any]]] = normalize_messages
 ) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
     """Normalised conversations whose parts only say that there is a medium, and the media in document order."""
     batched = bool(conversation) and not isinstance(conversation[0], Mapping)
@@ -335,7 +386,7 @@ def prepare_conversations(
     for number, messages in enumerate(given):
         prefix = f"conversations[{number}]." if len(given) > 1 else ""
         with naming(f"conversations[{number}]") if prefix else nullcontext():
-            chats.append([without_media(message) for message in normalize_messages(messages)])
+            chats.append([without_media(message) for message in normalize(messages)])
         medias += media_of_messages(messages, prefix)
     return chats, medias
 
@@ -366,17 +417,6 @@ def medium_of_part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
     with naming(name):
         source = decode_base64(part[key]) if key == "base64" else part[key]
     return {"type": kind, kind: source, **({"fps": part["fps"]} if part.get("fps") else {})}
-
-
-def hide_placeholders(value: Any, stand_ins: Mapping[str, str]) -> Any:
-    """A copy of messages or options in which every string has the stand-in for what it stands in for."""
-
-    def hide(text: str) -> str:
-        for stand_in, meant in stand_ins.items():
-            text = text.replace(meant, stand_in)
-        return text
-
-    return map_strings(value, hide)
 
 
 def as_list(images: Any) -> list[Any]:

@@ -428,10 +428,10 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     def _wrapped_names(self) -> str:
         return f"{self._marker_pattern.pattern}|[{USER_START}{USER_END}]"
 
-    def mark_user_text(self, value: Any) -> Any:
+    def mark_user_text(self, value: Any, names: Iterable[str] = ()) -> Any:
         """A copy of messages or options in which each marker name inside a string is wrapped, in dict keys too, which
-        a template may write out as JSON."""
-        wrap = re.compile(self._wrapped_names()).sub
+        a template may write out as JSON. `names`: of what is to be wrapped besides the markers."""
+        wrap = re.compile("|".join([*map(re.escape, names), self._wrapped_names()])).sub
         return map_strings(value, lambda text: wrap(rf"{USER_START}\g<0>{USER_END}", text))
 
     def sanitize_messages(self, messages: Iterable[Any]) -> list[dict[str, Any]]:
@@ -559,12 +559,11 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             markers in messages for real ones, for prompts that are built by hand. As text (`tokenize=False`) the two
             cannot be told apart: see `sanitize_messages`.
         sanitize_control_tokens: transformers 5's name for the safe way, which is the default here.
-        mark_text: For callers that tokenise by themselves (the processor): text in which untrusted markers are wrapped,
-            to be encoded with `tokenizer(text, marked=True)`.
+        mark_text: For callers that tokenise by themselves: text in which untrusted markers are wrapped, to be encoded
+            with `tokenizer(text, marked=True)`.
         kwargs: variables of the template. What asks to think less is refused with a ValueError: `thinking=False`,
             `preserve_thinking=False`, `enable_thinking=False`, `reasoning_effort="none"`. None is "not given".
         """
-        refuse_to_stop_thinking(kwargs)
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
         chats = [
             normalize_messages(getattr(c, "messages", c))
@@ -572,11 +571,6 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         ]
         if tokenize is None:
             tokenize = return_dict or return_tensors is not None
-        if add_generation_prompt is None:
-            add_generation_prompt = not continue_final_message
-        tools = normalize_tools(tools)
-        if tools:
-            kwargs.setdefault("tools_ts_str", render_tool_declaration(tools))
         if sanitize_control_tokens and (trusted_text or not tokenize):
             why = (
                 "contradicts trusted_text=True"
@@ -584,16 +578,18 @@ class TikTokenTokenizer(PreTrainedTokenizer):
                 else "needs tokenize=True: text cannot show it"
             )
             raise ValueError(f"sanitize_control_tokens=True {why}.")
-        if mark_text or (tokenize and not trusted_text):
-            chats, tools, documents, kwargs = map(self.mark_user_text, (chats, tools, documents, kwargs))
+        guarded = mark_text or (tokenize and not trusted_text)
+        if guarded:
             tokenizer_kwargs = {**(tokenizer_kwargs or {}), "marked": True}
-        return super().apply_chat_template(
+        return self.render_normalized(
             chats if batched else chats[0],
-            tools=tools,
-            documents=documents,
-            chat_template=chat_template,
+            normalize_tools(tools),
+            documents,
+            kwargs,
+            guarded_names=() if guarded else None,
             add_generation_prompt=add_generation_prompt,
-            continue_final_message=field_to_continue(continue_final_message),  # type: ignore[arg-type]
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
             tokenize=tokenize,
             padding=padding,
             truncation=truncation,
@@ -602,7 +598,41 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             return_dict=return_dict,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             tokenizer_kwargs=tokenizer_kwargs,
-            **kwargs,
+        )
+
+    def render_normalized(
+        self,
+        chats: list[Any],
+        tools: list[Any] | None,
+        documents: list[dict[str, str]] | None,
+        variables: dict[str, Any],
+        guarded_names: Iterable[str] | None,
+        add_generation_prompt: bool | None,
+        continue_final_message: bool | str,
+        **options: Any,
+    ) -> Any:
+        """The second half of `apply_chat_template`, for callers that have normalised messages and tools themselves.
+
+        chats, tools: as `normalize_messages` and `normalize_tools` return them; nothing is checked here again.
+        variables: of the template. guarded_names: what `mark_user_text` wraps besides the markers; None wraps nothing.
+        """
+        refuse_to_stop_thinking(variables)
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        if tools:
+            variables = {"tools_ts_str": render_tool_declaration(tools), **variables}
+        if guarded_names is not None:
+            chats, tools, documents, variables = self.mark_user_text(
+                (chats, tools, documents, variables), guarded_names
+            )
+        return super().apply_chat_template(
+            chats,
+            tools=tools,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=field_to_continue(continue_final_message),  # type: ignore[arg-type]
+            **options,
+            **variables,
         )
 
     # Completions

@@ -29,7 +29,8 @@ import torch
 from bench_experts import Clock, Unavailable, captured, ceilings, from_module, hardware
 
 from kimi.configuration_kimi import KimiK25Config
-from kimi.kimi_attention import MLA, choose_path, latent_attention, latent_attention_sdpa, softmax_scale
+from kimi.kimi_backends import choose_path, latent_attention_sdpa
+from kimi.modeling_kimi import MLA, latent_attention, softmax_scale
 
 LATENT, ROPE, NOPE, VALUE = 512, 64, 128, 128
 SCALING = softmax_scale(KimiK25Config().text_config)

@@ -1,10 +1,10 @@
-"""Converting, against copying the same bytes: `convert.py subset` and a plain copy in turns, on one disk.
+"""Converting, against copying the same bytes: `scripts.convert subset` and a plain copy in turns, on one disk.
 
     python benchmarks/bench_pool.py --make /scratch/real_width
     python benchmarks/bench_convert.py /scratch/real_width /scratch/new --experts 64     # 12.3 GB of 36
 
 A plain copy reads 16 MiB, writes them, and so on, as `cp` does; then it syncs, and reads the copy back from the disk, as
-convert.py does too. Source files are dropped from the page cache (posix_fadvise) before each. Both leave nothing in DST.
+scripts.convert does too. Source files are dropped from the page cache (posix_fadvise) before each. Both leave nothing in DST.
 """
 
 import argparse
@@ -23,14 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from bench_loading import BUFFER_BYTES, drop_from_page_cache, plain_read, shards
 
-CONVERT = str(Path(__file__).resolve().parents[1] / "convert.py")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def timed_convert(source: str, target: str, experts: int) -> tuple[float, int, int]:
     """Seconds, bytes written, and the peak resident set in bytes."""
     start = time.perf_counter()
-    command = [sys.executable, CONVERT, "subset", source, target, "--experts", str(experts)]
-    subprocess.run(command, check=True, capture_output=True)
+    paths = [str(Path(folder).resolve()) for folder in (source, target)]
+    command = [sys.executable, "-m", "scripts.convert", "subset", *paths, "--experts", str(experts)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     seconds = time.perf_counter() - start
     size = sum(path.stat().st_size for path in shards(target))
     return seconds, size, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
@@ -75,7 +76,7 @@ def main() -> None:
         shutil.rmtree(args.target)
         for name, value in zip(names, (copied, copied + read, converted), strict=True):
             seconds[name].append(value)
-    print(f"{size / 1e9:.2f} GB, peak RSS of convert.py {peak / 1e9:.2f} GB")
+    print(f"{size / 1e9:.2f} GB, peak RSS of scripts.convert {peak / 1e9:.2f} GB")
     median = {name: statistics.median(values) for name, values in seconds.items()}
     for name, values in seconds.items():
         rates = " ".join(f"{size / value / 1e9:.2f}" for value in values)

@@ -198,7 +198,7 @@ def main() -> None:
         transformers.utils.logging.disable_progress_bar()
         print(json.dumps(measure(*args.side, args.depths, args.prompts)))
         return
-    from kimi.tiny_checkpoint import write_tiny_checkpoint
+    from scripts.tiny_checkpoint import write_tiny_checkpoint
 
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, Python {platform.python_version()}"

@@ -25,11 +25,11 @@ from accelerate import infer_auto_device_map
 from torch import nn
 from transformers import PreTrainedModel
 
-from kimi import kimi_moe, modeling_kimi
+from kimi import modeling_kimi
 from kimi.configuration_kimi import KimiK25Config
-from kimi.tiny_checkpoint import TINY_TEXT, TINY_VISION, write_random_weights
+from scripts.tiny_checkpoint import TINY_TEXT, TINY_VISION, write_random_weights
 
-PUBLISHED_EXPERTS = kimi_moe.Experts
+PUBLISHED_EXPERTS = modeling_kimi.Experts
 
 
 class OneMatrix(nn.Module):
@@ -70,11 +70,11 @@ class ModulesModel(modeling_kimi.KimiK25ForConditionalGeneration):
 
 @contextmanager
 def layout(name: str):
-    kimi_moe.Experts = ExpertModules if name == "modules" else PUBLISHED_EXPERTS
+    modeling_kimi.Experts = ExpertModules if name == "modules" else PUBLISHED_EXPERTS
     try:
         yield ModulesModel if name == "modules" else modeling_kimi.KimiK25ForConditionalGeneration
     finally:
-        kimi_moe.Experts = PUBLISHED_EXPERTS
+        modeling_kimi.Experts = PUBLISHED_EXPERTS
 
 
 def timed(function, *args, **kwargs):

@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from kimi.kimi_moe import ExpertMatrices, run_experts, run_experts_gathered
+from kimi.kimi_backends import run_experts_gathered
+from kimi.kimi_experts import ExpertMatrices, run_experts
 
 Run = Callable[..., torch.Tensor]
 GATHER_BYTES = 8 * 2**30  # no rival may copy more than this
@@ -99,7 +100,7 @@ def triton_backend() -> Run:
 def cpu_backend() -> Run:
     if torch.cuda.is_available():
         raise Unavailable("this run is on the GPU; hide it with CUDA_VISIBLE_DEVICES=")
-    return from_module("kimi_moe", "run_experts_cpu")
+    return from_module("kimi_backends", "run_experts_cpu")
 
 
 BACKENDS: dict[str, Callable[[], Run]] = {

@@ -82,8 +82,8 @@ def against_the_disk(folder: str, rounds: int) -> None:
 
 
 def per_tensor(rounds: int) -> None:
-    from kimi.kimi_checkpoint import read_header
-    from kimi.tiny_checkpoint import write_tiny_checkpoint
+    from kimi.kimi_safetensors import read_header
+    from scripts.tiny_checkpoint import write_tiny_checkpoint
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(write_tiny_checkpoint(f"{scratch}/many", MANY, max_shard_size="20MB"))
@@ -98,7 +98,7 @@ def per_tensor(rounds: int) -> None:
 
 
 def against_native(python: str, rounds: int) -> None:
-    from kimi.tiny_checkpoint import write_tiny_checkpoint
+    from scripts.tiny_checkpoint import write_tiny_checkpoint
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(write_tiny_checkpoint(f"{scratch}/model", TEXT, VISION, max_shard_size="500MB"))

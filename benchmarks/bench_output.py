@@ -31,8 +31,8 @@ from kimi.kimi_output import (
     KimiCompletionStream,
     parse_completion,
 )
-from kimi.tiny_vocabulary import SAMPLE, write_tiny_tiktoken
 from kimi.tokenization_kimi import TikTokenTokenizer
+from scripts.tiny_vocabulary import SAMPLE, write_tiny_tiktoken
 
 CALL = f'{CALL_BEGIN}functions.get_weather:0{ARGUMENT_BEGIN}{{"city": "Beijing"}}{CALL_END}'
 # Kind of text -> what stands in front of it, what is repeated, what follows.

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kimi.configuration_kimi import KimiK25Config
 from kimi.kimi_machine import GIB, parse_size
-from kimi.kimi_placement import _gains, _place
-from kimi.kimi_plan import ROOT, plan
+from scripts.placement import _gains, _place
+from scripts.plan import ROOT, plan
 
 MACHINES = ["8xH200", "7xH100", "1x24GB", "16x24GB", "4xH100,4xA100-40", "64x24GB"]
 

@@ -182,7 +182,7 @@ def record_trace(new_tokens: int) -> tuple[list[tuple[int, list[int]]], int]:
     """What the routers of a small random model chose, (layer, experts) in order of time, and the number of experts."""
     from kimi.kimi_usage import named_routers
     from kimi.modeling_kimi import KimiK25ForConditionalGeneration
-    from kimi.tiny_checkpoint import write_tiny_checkpoint
+    from scripts.tiny_checkpoint import write_tiny_checkpoint
 
     trace: list[tuple[int, list[int]]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -313,7 +313,7 @@ def main() -> None:
     )
     print(f"transformers {transformers.__version__}")
     if args.make:
-        from kimi.tiny_checkpoint import real_width, write_tiny_checkpoint
+        from scripts.tiny_checkpoint import real_width, write_tiny_checkpoint
 
         start = time.perf_counter()
         write_tiny_checkpoint(args.make, **real_width(args.layers, args.experts), max_shard_size="5GB")

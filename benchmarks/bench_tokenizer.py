@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiktoken
 import transformers
 
-from kimi.tiny_vocabulary import SAMPLE, write_tiny_tiktoken
 from kimi.tokenization_kimi import NAMED_TOKENS, TikTokenTokenizer
+from scripts.tiny_vocabulary import SAMPLE, write_tiny_tiktoken
 
 
 def mixed_text(size_bytes: int) -> str:

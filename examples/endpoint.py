@@ -1,6 +1,6 @@
 """Where the examples find the endpoint: OPENAI_BASE_URL and OPENAI_API_KEY, or a server of this machine.
 
-python serve.py --model kimi-tiny        in another terminal, from the repository's root
+python -m serve --model kimi-tiny        in another terminal, from the repository's root
 """
 
 import os

@@ -2,7 +2,7 @@
 
     python examples/run_all.py [--model FOLDER]
 
-Starts serve.py on a free port of this machine and ends it. The exit status is 0 if all eight answers are right.
+Starts `python -m serve` on a free port of this machine and ends it. The exit status is 0 if all eight answers are right.
 """
 
 import argparse
@@ -64,12 +64,13 @@ CHECKS = (names_the_bigger, names_the_shapes, names_the_motion, names_the_rest)
 
 @contextmanager
 def serving(folder: Path, log: Any = subprocess.DEVNULL) -> Iterator[openai.OpenAI]:
-    """serve.py with a checkpoint, as a client of it."""
+    """`python -m serve` with a checkpoint, and a client of it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    line = [sys.executable, str(ROOT / "serve.py"), "--model", str(folder), "--port", str(port)]
-    process = subprocess.Popen(line, stdout=log, stderr=log, env={**os.environ, "KIMI_API_KEY": ""})
+    line = [sys.executable, "-m", "serve", "--model", str(folder.resolve()), "--port", str(port)]
+    environment = {**os.environ, "KIMI_API_KEY": ""}
+    process = subprocess.Popen(line, stdout=log, stderr=log, env=environment, cwd=ROOT)
     try:
         # A proxy of the environment cannot reach this machine's loopback.
         direct = openai.DefaultHttpxClient(trust_env=False)
@@ -94,7 +95,7 @@ def wait_for(client: openai.OpenAI, process: subprocess.Popen) -> None:
             return
         except openai.APIConnectionError:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"serve.py did not start (exit status {process.poll()})") from None
+                raise SystemExit(f"python -m serve did not start (exit status {process.poll()})") from None
             time.sleep(0.2)
 
 

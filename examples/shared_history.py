@@ -10,22 +10,20 @@ Each question here is asked on a copy of the history's cache: a branch. Copies a
 (576 values per token and layer), and branches do not see each other. One branch is then told that an earlier question
 was meant differently; its cache is cut back to the message before that and goes on from there.
 
-Without `--folder` the weights are random and small, so only the numbers mean something.
+kimi-tiny, the default, was not trained on such conversations: with it only the numbers mean something.
 """
 
 import argparse
 import copy
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+KIMI_TINY = Path(__file__).resolve().parents[1] / "kimi-tiny"
 SYSTEM = "You help to keep a small web shop running. Answer in a few sentences."
 HISTORY = (
     ("The nightly job failed again.", "Which step does its log end with?"),
@@ -192,17 +190,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", "--model", help="a checkpoint; by default a small random one is written")
+    parser.add_argument("--folder", "--model", default=KIMI_TINY, help="a checkpoint; kimi-tiny by default")
     parser.add_argument("--max-new-tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folder = args.folder
-    if folder is None:
-        from demo import cached_checkpoint
-
-        folder = cached_checkpoint()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, device_map="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.folder, trust_remote_code=True, device_map="auto"
+    ).eval()
     set_seed(args.seed)
     run(model, tokenizer, max_new_tokens=args.max_new_tokens)
 

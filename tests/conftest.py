@@ -72,6 +72,18 @@ def pytest_sessionstart(session):
     os.environ["TERM"] = "xterm"
 
 
+def calls_of(monkeypatch, owner, name):
+    """A list that gets the arguments of each call of `owner.name`, which still does its work."""
+    calls, real = [], getattr(owner, name)
+
+    def recorded(*args, **kwargs):
+        calls.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, recorded)
+    return calls
+
+
 def seed_everything():
     random.seed(0)
     np.random.seed(0)

@@ -18,8 +18,8 @@ from conftest import HANG_S, ROOT
 from kimi.image_processing_kimi import KimiK25VisionProcessor
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 from kimi.processing_kimi import KimiK25Processor
-from kimi.tiny_checkpoint import write_tiny_checkpoint
 from kimi.tokenization_kimi import TikTokenTokenizer
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 SCRIPT = re.compile(r"§(\{.*?\})§", re.DOTALL)
 SIZES = {

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import DATA
-from kimi.tiny_checkpoint import write_tokenizer
 from kimi.tokenization_kimi import NAMED_TOKENS, TikTokenTokenizer
+from scripts.tiny_checkpoint import write_tokenizer
 
 MAJOR = int(transformers.__version__.split(".")[0])
 OUTPUTS = json.loads((DATA / "output_golden.json").read_bytes())

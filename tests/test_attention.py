@@ -8,18 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import assert_close, small_config
-from kimi import kimi_attention
-from kimi.kimi_attention import (
-    MLA,
-    RotaryEmbedding,
-    choose_path,
+from kimi import kimi_backends, modeling_kimi
+from kimi.kimi_backends import (
+    has_prefill_attention,
     heads_at_once,
-    latent_attention,
     latent_attention_sdpa,
     queries_at_once,
-    readable_mask,
 )
-from kimi.kimi_cache import new_cache
+from kimi.kimi_cache import new_cache, readable_mask
+from kimi.modeling_kimi import MLA, RotaryEmbedding, latent_attention, yarn_inv_freq
 
 
 def mla(path="auto", attn="eager", dtype=torch.float32, seed=0, **text):
@@ -50,7 +47,7 @@ def by_hand(module, x):
     """fp64, a head, a query and a key at a time, causal, straight from the definition."""
     m = {name: weight.double() for name, weight in module.state_dict().items()}
     c, dn, dr, dv = module.latent_dim, module.nope_dim, module.rope_dim, module.v_dim
-    freq = kimi_attention.yarn_inv_freq(dr, module.config.rope_parameters).double()
+    freq = yarn_inv_freq(dr, module.config.rope_parameters).double()
 
     def norm(v, name):
         return v * (v.pow(2).mean() + module.config.latent_norm_eps).rsqrt() * m[f"{name}.weight"]
@@ -81,8 +78,16 @@ def by_hand(module, x):
     return torch.stack(out)[None]
 
 
-@pytest.mark.parametrize("path", ["expand", "absorb-eager", "absorb-sdpa"])
-@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("path", "attn"),
+    [
+        ("expand", "eager"),
+        ("expand", "sdpa"),
+        ("absorb-eager", "eager"),
+        ("absorb-eager", "sdpa"),
+        ("absorb-sdpa", "sdpa"),
+    ],
+)
 def test_agrees_with_the_definition(path, attn):
     module, x = mla(path, attn), torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(1))
     assert_close(run(module, x, causal(9, 9)), by_hand(module, x), 2e-5, "fp32 against fp64, outputs near 10")
@@ -110,7 +115,7 @@ def test_absorb_is_expand(batch, new, cached, padded, seed):
 
 def record_parts(monkeypatch):
     """The (heads, queries) of every part of the attention from now on, on either path."""
-    parts, attend, pick = [], MLA.attend, kimi_attention.pick_latent_attention
+    parts, attend, pick = [], MLA.attend, modeling_kimi.faster_latent_attention
 
     def recorded(function, query):
         def call(*args, **kwargs):
@@ -120,7 +125,11 @@ def record_parts(monkeypatch):
         return call
 
     monkeypatch.setattr(MLA, "attend", recorded(attend, 1))
-    monkeypatch.setattr(kimi_attention, "pick_latent_attention", lambda *args: recorded(pick(*args), 0))
+    monkeypatch.setattr(
+        modeling_kimi,
+        "faster_latent_attention",
+        lambda *args: recorded(pick(*args) or latent_attention, 0),
+    )
     return parts
 
 
@@ -141,7 +150,7 @@ def test_a_small_workspace_changes_nothing(path, attn, limit, expected, monkeypa
     want = run(module, x, causal(24, 24))
     assert parts == [(4, 24)]
     parts.clear()
-    monkeypatch.setattr(kimi_attention, "WORKSPACE_BYTES", limit)
+    monkeypatch.setattr(kimi_backends, "WORKSPACE_BYTES", limit)
     got = run(module, x, causal(24, 24))
     assert parts == expected
     # Other shapes of a product may be summed in another order.
@@ -157,27 +166,6 @@ def test_workspace_at_full_size():
         queries = queries_at_once(torch.empty(1, 64, 128, 512, dtype=torch.bfloat16, device="meta"), length)
         assert queries >= 1 and queries * 64 * length * 10 <= 512 * 2**20
     assert heads_at_once(torch.empty(1, 1, 1024, 512, dtype=torch.bfloat16, device="meta"), 64, 640) == 64
-
-
-def test_paths_can_be_forced_and_cross_in_one_place():
-    assert choose_path("expand", 1, 9999) == "expand" and choose_path("absorb-sdpa", 5000, 5000) == "absorb"
-    assert (
-        choose_path("auto", 1, 1)
-        == choose_path("auto", 1, 10**6)
-        == choose_path("auto", 16, 4096)
-        == "absorb"
-    )
-    assert choose_path("auto", 4096, 4096) == choose_path("auto", 4096, 10**6) == "expand"
-    assert choose_path("auto", 100, 4096, "cuda") == "absorb" and choose_path("auto", 100, 4096) == "expand"
-    with pytest.raises(ValueError, match=r'mla_path .* is "fast"; it is one of auto, expand, absorb'):
-        small_config().mla_path = "fast"
-
-
-def test_a_kernel_asked_for_by_name_says_why_not():
-    with pytest.raises(
-        ValueError, match=r"'absorb-triton' is unavailable: (triton cannot|the cache is on cpu)"
-    ):
-        run(mla("absorb-triton"), torch.randn(1, 2, 64), causal(2, 2))
 
 
 def test_the_environment_and_keywords_choose_a_path(monkeypatch):
@@ -223,19 +211,19 @@ def test_bf16_paths_differ_by_rounding_only():
         assert_close(got / scale, want / scale, 0.03, f"bf16 {path}, a few roundings of 2^-8")
 
 
-@pytest.mark.skipif(not kimi_attention.has_prefill_attention(), reason="needs bf16 dot products (AVX-512)")
+@pytest.mark.skipif(not has_prefill_attention(), reason="needs bf16 dot products (AVX-512)")
 @pytest.mark.parametrize("limit", [1, 2**28])
 @pytest.mark.parametrize("cached", [0, 37])
 def test_compiled_prefill_is_sdpa(limit, cached, monkeypatch):
     """In all groups of heads, with a mask and without, a whole prompt and one after a cache."""
-    monkeypatch.setattr(kimi_attention, "WORKSPACE_BYTES", limit)
+    monkeypatch.setattr(kimi_backends, "WORKSPACE_BYTES", limit)
     x = torch.randn(2, cached + 150, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
     visible = torch.arange(cached + 150).expand(2, -1) >= torch.tensor([[0], [20]])
-    calls, original = [], kimi_attention.prefill_attention
-    monkeypatch.setattr(kimi_attention, "prefill_attention", lambda *a: calls.append(1) or original(*a))
+    calls, original = [], kimi_backends.prefill_attention
+    monkeypatch.setattr(kimi_backends, "prefill_attention", lambda *a: calls.append(1) or original(*a))
     outputs = []
     for compiled in (True, False):
-        monkeypatch.setattr(kimi_attention, "has_prefill_attention", lambda compiled=compiled: compiled)
+        monkeypatch.setattr(kimi_backends, "has_prefill_attention", lambda compiled=compiled: compiled)
         module = mla("expand", "sdpa", torch.bfloat16, v_head_dim=64)
         cache = new_cache(module.config)
         if cached:
@@ -254,10 +242,10 @@ def test_compiled_prefill_is_sdpa(limit, cached, monkeypatch):
     )
 
 
-@pytest.mark.skipif(not kimi_attention.has_prefill_attention(), reason="needs bf16 dot products (AVX-512)")
+@pytest.mark.skipif(not has_prefill_attention(), reason="needs bf16 dot products (AVX-512)")
 def test_compiled_prefill_only_where_it_may(monkeypatch):
-    calls, original = [], kimi_attention.prefill_attention
-    monkeypatch.setattr(kimi_attention, "prefill_attention", lambda *a: calls.append(1) or original(*a))
+    calls, original = [], kimi_backends.prefill_attention
+    monkeypatch.setattr(kimi_backends, "prefill_attention", lambda *a: calls.append(1) or original(*a))
     x = torch.randn(1, 20, 64)
     run(mla("expand", "sdpa", v_head_dim=64), x)  # fp32
     run(mla("expand", "eager", torch.bfloat16, v_head_dim=64), x.bfloat16(), causal(20, 20))

@@ -9,8 +9,9 @@ triton = pytest.importorskip("triton", reason="triton is not installed (make tes
 
 from builders import assert_close, compile_without_a_gpu, skip_unless_interpretable  # noqa: E402
 from kimi import kimi_attention_triton  # noqa: E402
-from kimi.kimi_attention import latent_attention, readable_mask  # noqa: E402
 from kimi.kimi_attention_triton import AttentionBlocks, latent_attention_triton, num_splits  # noqa: E402
+from kimi.kimi_cache import readable_mask  # noqa: E402
+from kimi.modeling_kimi import latent_attention  # noqa: E402
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

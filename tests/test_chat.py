@@ -11,11 +11,11 @@ import pytest
 from parrot import SIZES, load_parrot, script
 from PIL import Image
 
-from chat import Chat
 from clips import write_clip
 from conftest import HANG_S, ROOT
-from kimi.tiny_checkpoint import write_tiny_checkpoint
-from serve_engine import Engine, Sampling
+from scripts.chat import Chat
+from scripts.tiny_checkpoint import write_tiny_checkpoint
+from serve.engine import Engine, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def command(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     env = {**os.environ, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "TERM": "xterm"}
     env.pop("NO_COLOR", None)
-    line = [sys.executable, "chat.py", "--model", str(folder), "--max-tokens", "8", "--seed", "1"]
+    line = [sys.executable, "-m", "scripts.chat", "--model", str(folder), "--max-tokens", "8", "--seed", "1"]
     return line, {"env": env, "cwd": ROOT}
 
 
@@ -116,6 +116,6 @@ def test_the_command_in_a_pipe_and_in_a_terminal(command):
 
 
 def test_a_missing_folder_is_named():
-    line = [sys.executable, "chat.py", "--model", "/no/such/folder"]
+    line = [sys.executable, "-m", "scripts.chat", "--model", "/no/such/folder"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=HANG_S)
     assert done.returncode != 0 and "/no/such/folder" in done.stderr

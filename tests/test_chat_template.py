@@ -9,10 +9,12 @@ import pytest
 import transformers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from conftest import DATA, ROOT
+from conftest import DATA, ROOT, calls_of
+from kimi import kimi_messages, kimi_tools
 from kimi.kimi_messages import normalize_messages, normalize_tool_ids
-from kimi.tiny_checkpoint import write_tokenizer
+from kimi.kimi_tools import normalize_tools
 from kimi.tokenization_kimi import TikTokenTokenizer, deep_sort_dict
+from scripts.tiny_checkpoint import write_tokenizer
 
 GOLDEN = json.loads((DATA / "chat_golden.json").read_bytes())
 DECLARE = "<|im_system|>tool_declare<|im_middle|>"
@@ -386,6 +388,23 @@ def test_continue_reasoning(tokenizer, field):
             tokenizer.apply_chat_template(chat, continue_final_message=field)
     else:
         assert tokenizer.apply_chat_template(chat, continue_final_message=field).endswith("<think>step one")
+
+
+def test_normalised_once_and_guarded_once(tokenizer, monkeypatch):
+    """By `apply_chat_template`; and not at all by what the processor calls, which has normalised them itself."""
+    chat = [user("needle"), assistant("", tool_calls=[call()]), {"role": "tool", "content": "r"}]
+    tools = [{"name": "f", "description": "d"}]
+    messages, declared = normalize_messages(chat), normalize_tools(tools)
+    normalized = calls_of(monkeypatch, kimi_messages, "normalize_content")
+    sorted_tools = calls_of(monkeypatch, kimi_tools, "tool_as_dict")
+    guarded = calls_of(monkeypatch, kimi_messages, "map_strings")
+    text = tokenizer.apply_chat_template(chat, tools=tools)
+    assert len(normalized) == len(chat) and len(sorted_tools) == len(tools) and not guarded
+    options = {"add_generation_prompt": None, "continue_final_message": False, "tokenize": False}
+    assert text == tokenizer.render_normalized(messages, declared, None, {}, None, **options)
+    assert len(normalized) == len(chat) and len(sorted_tools) == len(tools)
+    tokenizer.apply_chat_template(chat, tools=tools, tokenize=True)
+    assert [args[0] for args in guarded].count("needle") == 1
 
 
 # Text of users

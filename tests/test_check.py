@@ -1,12 +1,12 @@
-"""check.py: a good folder passes, and each thing that can be wrong with a download is named."""
+"""scripts.check: a good folder passes, and each thing that can be wrong with a download is named."""
 
 import json
 import shutil
 
 import pytest
 
-from check import check_folder, main
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from scripts.check import check_folder, main
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ FAULTS = {
         "generation_config.json",
         "lacks <|im_end|>",
     ),
-    "missing code": (lambda f: (f / "kimi_moe.py").unlink(), "code", "kimi_moe.py missing"),
+    "missing code": (lambda f: (f / "kimi_experts.py").unlink(), "code", "kimi_experts.py missing"),
 }
 
 

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
 from kimi import kimi_checkpoint, kimi_files
-from kimi.kimi_checkpoint import parse_size, read_header, split_names
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 BIAS = "language_model.model.layers.1.mlp.gate.e_score_correction_bias"
 PACKED = "language_model.model.layers.2.mlp.experts.3.up_proj.weight_packed"
@@ -213,13 +212,6 @@ def test_only_safetensors_are_written(folder, tmp_path):
         Kimi.from_pretrained(folder).save_pretrained(tmp_path, safe_serialization=False)
 
 
-def test_sizes_and_shards():
-    assert [parse_size(s) for s in (5, "5B", "2KB", "1.5MB", "1GiB")] == [5, 5, 2000, 1_500_000, 2**30]
-    with pytest.raises(ValueError, match="max_shard_size 'big' is not a size"):
-        parse_size("big")
-    assert split_names({"a": 4, "b": 4, "c": 20, "d": 1}, 8) == [["a", "b"], ["c"], ["d"]]
-
-
 # -------------------------------------------------------------------------------------------------- damaged folders
 
 
@@ -257,8 +249,8 @@ def test_a_read_that_fails_names_shard_and_tensor(folder, monkeypatch, capfd):
 def test_a_shard_that_changes_between_header_and_data_is_named(broken, monkeypatch):
     real = kimi_checkpoint.check_sources
 
-    def replaced_meanwhile(slots, sources):
-        real(slots, sources)
+    def replaced_meanwhile(tensors, sources):
+        real(tensors, sources)
         os.truncate(sources[PACKED].file, 5000)
 
     monkeypatch.setattr(kimi_checkpoint, "check_sources", replaced_meanwhile)
@@ -270,29 +262,11 @@ def test_a_shard_that_changes_between_header_and_data_is_named(broken, monkeypat
 
 
 def test_large_tensors_are_read_in_pieces_and_by_several_threads(folder, monkeypatch):
-    monkeypatch.setattr(kimi_checkpoint, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(kimi_checkpoint, "BATCH_BYTES", 1000)
     stored = tensors_of(folder)
     for dtype in (None, torch.float32):
         state = Kimi.from_pretrained(folder, dtype=dtype).state_dict()
         assert all(state[name].equal(tensor.to(state[name].dtype)) for name, tensor in stored.items())
-
-
-def test_headers_that_lie(tmp_path):
-    def header(entry):
-        text = json.dumps({"a": entry}).encode()
-        path = tmp_path / "lie.safetensors"
-        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
-        return str(path)
-
-    with pytest.raises(OSError, match=r"a of shape \(4,\) occupies 8 bytes"):
-        read_header(header({"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}))
-    with pytest.raises(OSError, match=r"damaged: a of shape \(2,\)"):
-        read_header(header({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}))
-    with pytest.raises(ValueError, match="dtype F8_E4M3, which this model does not use"):
-        read_header(header({"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}))
-    (tmp_path / "lie.safetensors").write_bytes(b"\x05" + bytes(7) + b"hello")
-    with pytest.raises(OSError, match="header is not JSON"):
-        read_header(str(tmp_path / "lie.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -367,11 +341,11 @@ import torch
 from kimi import kimi_checkpoint, kimi_files
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
 
-PIECE, lock, sizes = 2**20, threading.Lock(), []
-real, kimi_checkpoint.PIECE_BYTES = kimi_checkpoint.Shard.read, PIECE
+BATCH, lock, sizes = 2**20, threading.Lock(), []
+real, kimi_checkpoint.BATCH_BYTES = kimi_checkpoint.Shard.read, BATCH
 
 def memory():
-    "Bytes of all tensors and mappings that lie in RAM, each place once."
+    "Bytes of all tensors and mappings in RAM, each place once."
     held = {}
     for one in gc.get_objects():
         if issubclass(type(one), torch.Tensor) and one.device.type == "cpu":
@@ -399,7 +373,7 @@ print(json.dumps({
     "reads": len(sizes), "peak": max(sizes) + python, "resident": memory(),
     "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
     # A part of the work ends with the piece that makes it full; reading past the page cache takes a buffer.
-    "pieces": kimi_checkpoint.READERS * (2 * PIECE + kimi_files.PIECE),
+    "pieces": kimi_checkpoint.READERS * (2 * BATCH + kimi_files.ACCESS_BYTES),
 }))
 """
 

@@ -1,4 +1,4 @@
-"""convert.py: int4 and bf16 into each other, subsets, the blocks of GGUF; interrupted, repeated, misused."""
+"""scripts.convert: int4 and bf16 into each other, subsets, the blocks of GGUF; interrupted, repeated, misused."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import convert
-from convert import Report, q4_0_blocks, read_checkpoint, recover_int4
 from kimi.kimi_int4 import dequantize_int4, pack_int4, quantize_int4
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from scripts import convert
+from scripts.convert import Report, q4_0_blocks, read_checkpoint, recover_int4
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from builders import assert_close, small_config
 from conftest import ROOT
-from kimi import kimi_cpu, kimi_moe
-from kimi.kimi_attention import RMSNorm, apply_rotary, latent_attention
+from kimi import kimi_backends, kimi_cpu
+from kimi.kimi_backends import LINEAR_ROWS, run_experts_cpu
+from kimi.kimi_experts import ExpertMatrices, run_experts
 from kimi.kimi_int4 import dequantize_int4, pack_int4
-from kimi.kimi_linear import FEW_ROWS, Linear
-from kimi.kimi_moe import ExpertMatrices, choose_backend, run_experts, run_experts_cpu
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
+from kimi.modeling_kimi import Linear, RMSNorm, apply_rotary, latent_attention
 
 compiled = pytest.mark.skipif(kimi_cpu.why_unavailable() is not None, reason=f"{kimi_cpu.why_unavailable()}")
 
@@ -63,7 +63,7 @@ def assert_as_good_as_torch(got, x, ids, weights, matrices):
 def tiles(request, monkeypatch):
     """Many rows of an expert with the tiles of AMX, where there are any, and without."""
     if request.param == "no tiles":
-        monkeypatch.setattr(kimi_moe, "has_expert_product", lambda: False)
+        monkeypatch.setattr(kimi_backends, "has_expert_product", lambda: False)
     elif not kimi_cpu.has_expert_product():
         pytest.skip("this machine has no AMX tiles")
 
@@ -254,18 +254,18 @@ def test_rotary(batch, heads, tokens, width, seed):
 
 
 @compiled
-def test_the_linear_layer_goes_the_short_way_only_where_it_may(monkeypatch):
+def test_the_linear_layer_uses_compiled_code_only_where_it_may(monkeypatch):
     calls = []
     real = kimi_cpu.linear_bf16
-    monkeypatch.setattr("kimi.kimi_linear.linear_bf16", lambda x, w: calls.append(x.shape) or real(x, w))
+    monkeypatch.setattr("kimi.kimi_backends.linear_bf16", lambda x, w: calls.append(x.shape) or real(x, w))
     module = Linear(64, 32).bfloat16()
     assert isinstance(module, torch.nn.Linear) and module.bias is None
-    x = torch.randn(2, FEW_ROWS // 2, 64).bfloat16()
+    x = torch.randn(2, LINEAR_ROWS // 2, 64).bfloat16()
     with torch.no_grad():
         y = module(x)
-        assert y.shape == (2, FEW_ROWS // 2, 32) and calls == [x.shape]
+        assert y.shape == (2, LINEAR_ROWS // 2, 32) and calls == [x.shape]
         assert_close(y, F.linear(x, module.weight), 2**-6, "two roundings of the same sum")
-        module(torch.randn(FEW_ROWS + 1, 64).bfloat16())
+        module(torch.randn(LINEAR_ROWS + 1, 64).bfloat16())
         module(torch.empty(0, 64).bfloat16())
         module.float()(x.float())
     module.bfloat16()(x).sum().backward()
@@ -333,32 +333,7 @@ def test_absorbed_attention_reads_nothing_behind_the_last_key():
         assert (got - want).abs().max() <= 2**-5 * want.abs().max()
 
 
-# ----------------------------------------------------------------------------------------------------------- choice
-
-
-def test_backends_are_chosen_in_one_place_and_say_why_not(monkeypatch):
-    gate, x = layer()[0], torch.zeros(1, 256, dtype=torch.bfloat16)
-    assert choose_backend("reference", x, gate) is run_experts
-    assert choose_backend("auto", x.float(), gate) is run_experts
-    assert choose_backend("auto", x, ExpertMatrices(torch.zeros(1), None)) is run_experts, "dense experts"
-    with pytest.raises(
-        ValueError, match=r"int4_backend 'cpu' is unavailable: it takes bfloat16, not torch.float32"
-    ):
-        choose_backend("cpu", x.float(), gate)
-    if kimi_cpu.why_unavailable() is None:
-        assert choose_backend("auto", x, gate) is choose_backend("cpu", x, gate) is run_experts_cpu
-    with pytest.raises(
-        ValueError, match=r"'triton' is unavailable: (triton cannot be imported|the weights are on cpu)"
-    ):
-        choose_backend("triton", x, gate)
-    monkeypatch.setattr(kimi_moe, "why_unavailable", lambda: "no C compiler (cc, gcc or clang) was found")
-    assert choose_backend("auto", x, gate) is run_experts
-    with pytest.raises(ValueError, match="'cpu' is unavailable: no C compiler"):
-        choose_backend("cpu", x, gate)
-    with pytest.raises(
-        ValueError, match=r'int4_backend .* is "fast"; it is one of auto, reference, cpu, triton'
-    ):
-        small_config().int4_backend = "fast"
+# ------------------------------------------------------------------------------------------------ attention of prompts
 
 
 has_prefill = pytest.mark.skipif(

@@ -1,7 +1,9 @@
 """What other engines take from this repository: files, names and calls, each rule as its engine goes about it.
 
-kimi-tiny stands for the published folder: the same layout, written by the same code. Rules E-2 to E-5 and E-10 to E-12b
-are calls on the processors and stand with these; engines that run on a CPU are really run in `tests/engines/`.
+kimi-tiny stands for the published folder: the same layout, written by the same code. E-1 to E-26 number
+these rules in the names and docstrings of the tests, here and elsewhere; docs/deployment.md says in words what each
+engine reads. E-2 to E-5 and E-10 to E-12b are calls on the processors and are tested with these; engines that run on a
+CPU are really run in `tests/engines/`.
 """
 
 import json
@@ -124,7 +126,7 @@ def test_sizes_at_the_top():
 
 
 def vision_sizes(vision: dict) -> tuple[int, ...]:
-    """As classes see them that know the un-prefixed names only, with the real model's sizes as defaults (C-3, E-20)."""
+    """As classes see them that know the un-prefixed names only, with the real model's sizes as defaults (E-20)."""
     defaults = {
         "hidden_size": 1152,
         "num_hidden_layers": 27,
@@ -188,7 +190,7 @@ def test_latent_norms_with_an_engines_eps():
 
 
 def test_the_documented_commands_have_the_flags():
-    """E-9, and section 6: what cannot be seen from the files."""
+    """E-9: options that cannot be seen from the files."""
     text = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
     for flag in (
         "--tool-call-parser kimi_k2",
@@ -250,7 +252,7 @@ LLAMA_CPP_FIELDS = {
 
 
 def test_llama_cpp_reads_its_hyperparameters(config_file):
-    """E-15."""
+    """E-15: the sizes of the text part under their published names, and YaRN's numbers."""
     text = config_file["text_config"]
     assert text.keys() >= LLAMA_CPP_FIELDS
     rope = text["rope_scaling"]
@@ -314,7 +316,7 @@ def test_llama_cpp_reads_the_vision_sizes(config_file):
 
 
 def test_mlx_reads_the_tokenizer(tokenizer):
-    """E-19."""
+    """E-19: a padding id, the id of the image token, and a prompt that survives encoding."""
     assert tokenizer.pad_token_id is not None
     pad = tokenizer.convert_tokens_to_ids("<|media_pad|>")
     assert pad == read("config.json", TINY)["media_placeholder_token_id"]

@@ -11,7 +11,7 @@ from PIL import Image
 from test_serve import NAME, running, url
 
 from conftest import HANG_S, ROOT
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 

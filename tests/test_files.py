@@ -1,16 +1,30 @@
-"""Files in whole blocks past the page cache, and the ordinary way: the same bytes, and errors with names."""
+"""Files in whole blocks past the page cache, and by ordinary access: the same bytes, and errors with names."""
 
+import copy
 import errno
 import os
 import random
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
 from kimi import kimi_files
-from kimi.kimi_files import BLOCK, PIECE, File, Range, Shard, ShardWriter, file_stamp, open_direct
+from kimi.kimi_files import (
+    ACCESS_BYTES,
+    BLOCK,
+    File,
+    Range,
+    Shard,
+    ShardWriter,
+    empty_for_weights,
+    file_stamp,
+    open_direct,
+    zeros_for_weights,
+)
 
-SIZE = 3 * PIECE + 1234
+SIZE = 3 * ACCESS_BYTES + 1234
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +53,10 @@ def read(file, places):
         [(0, SIZE)],
         [(1, 2)],
         [(SIZE - 1, SIZE)],
-        [(7, 7), (7, 9), (9, BLOCK + 3), (BLOCK + 3, 2 * PIECE + 11)],
-        [(5, 6), (2 * PIECE - 1, 2 * PIECE + 1), (SIZE - 5000, SIZE)],
-        [(begin, begin + 100) for begin in range(0, PIECE, 1000)],
-        [(PIECE - 1, PIECE), (PIECE, PIECE + 1), (3 * PIECE, SIZE)],
+        [(7, 7), (7, 9), (9, BLOCK + 3), (BLOCK + 3, 2 * ACCESS_BYTES + 11)],
+        [(5, 6), (2 * ACCESS_BYTES - 1, 2 * ACCESS_BYTES + 1), (SIZE - 5000, SIZE)],
+        [(begin, begin + 100) for begin in range(0, ACCESS_BYTES, 1000)],
+        [(ACCESS_BYTES - 1, ACCESS_BYTES), (ACCESS_BYTES, ACCESS_BYTES + 1), (3 * ACCESS_BYTES, SIZE)],
     ],
 )
 def test_ranges_get_their_bytes(path, data, places, direct):
@@ -67,7 +81,7 @@ def test_what_lies_far_between_is_not_read(path, data, monkeypatch):
         "read_exactly",
         lambda d, begin, view, *least: sizes.append(len(view)) or real(d, begin, view, *least),
     )
-    places = [(5, 10), (PIECE // 2, PIECE // 2 + 10)]
+    places = [(5, 10), (ACCESS_BYTES // 2, ACCESS_BYTES // 2 + 10)]
     assert read(file, places) == [data[begin:end] for begin, end in places]
     assert sum(sizes) <= 2 * BLOCK
 
@@ -136,20 +150,25 @@ def test_a_file_system_that_takes_it_back_while_reading(path, data, monkeypatch)
         real(descriptor, *args)
 
     monkeypatch.setattr(kimi_files, "read_exactly", refuse)
-    assert read(file, [(5, PIECE + 5), (2 * PIECE, SIZE)]) == [data[5 : PIECE + 5], data[2 * PIECE :]]
+    assert read(file, [(5, ACCESS_BYTES + 5), (2 * ACCESS_BYTES, SIZE)]) == [
+        data[5 : ACCESS_BYTES + 5],
+        data[2 * ACCESS_BYTES :],
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
 @pytest.mark.parametrize("direct_from", [0, SIZE + 1])
-@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, PIECE - 1, PIECE, PIECE + 1, SIZE])
+@pytest.mark.parametrize(
+    "size", [0, 1, BLOCK - 1, BLOCK, ACCESS_BYTES - 1, ACCESS_BYTES, ACCESS_BYTES + 1, SIZE]
+)
 def test_written_bytes_are_those_that_were_given(tmp_path, data, size, direct_from, monkeypatch):
     monkeypatch.setattr(kimi_files, "DIRECT_FROM", direct_from)
     target, seen, draw, done = tmp_path / "new", [], random.Random(size), 0
     with ShardWriter(target, size, lambda piece: seen.append(bytes(piece))) as file:
         while done < size:
-            step = draw.choice((1, 8, 5000, PIECE, 2 * PIECE + 3))
+            step = draw.choice((1, 8, 5000, ACCESS_BYTES, 2 * ACCESS_BYTES + 3))
             file.write(data[done : min(done + step, size)])
             done += step
     assert target.read_bytes() == data[:size] == b"".join(seen)
@@ -189,7 +208,7 @@ def test_a_file_system_that_takes_it_back_while_writing(tmp_path, data, monkeypa
     real, refused = os.pwrite, []
 
     def refuse(descriptor, view, begin):
-        if begin >= PIECE and not refused:
+        if begin >= ACCESS_BYTES and not refused:
             refused.append(begin)
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(descriptor, view, begin)
@@ -199,3 +218,34 @@ def test_a_file_system_that_takes_it_back_while_writing(tmp_path, data, monkeypa
         file.flags = file.flags or os.O_SYNC  # where nothing can be opened so
         file.write(data)
     assert refused and (tmp_path / "new").read_bytes() == data
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (5, 2**20)], ids=["small", "empty", "on huge pages"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16])
+def test_memory_for_weights_is_a_tensor_like_others(shape, dtype):
+    tensor = empty_for_weights(shape, dtype)
+    assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+    tensor.fill_(3)
+    other = tensor.clone().share_memory_()
+    assert torch.equal(tensor, other) and torch.equal(copy.deepcopy(tensor), tensor)
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm"), reason="reads the resident set from /proc (Linux)"
+)
+def test_zeros_take_no_memory_until_they_are_written():
+    def resident():
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
+
+    before = resident()
+    words = zeros_for_weights((64, 2**20), torch.int32)
+    assert resident() - before < words.nbytes / 4
+    assert not words[::9, ::4099].any() and words.shape == (64, 2**20) and words.dtype == torch.int32
+    with torch.device("meta"):
+        assert zeros_for_weights((64, 2**20), torch.int32).is_meta
+    assert not zeros_for_weights((3, 5), torch.bfloat16).any()

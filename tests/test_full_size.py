@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from kimi import kimi_checkpoint
 from kimi.configuration_kimi import KimiK25Config
-from kimi.kimi_checkpoint import model_slots
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 
 H, V, D, I, E = 7168, 163840, 18432, 2048, 384  # noqa: E741
@@ -101,9 +101,9 @@ def test_state_dict_is_exactly_the_published_one(built):
     assert got.keys() == want.keys(), sorted(got.keys() ^ want.keys())[:5]
     wrong = [(name, got[name], want[name]) for name in want if got[name] != want[name]]
     assert not wrong, wrong[:5]
-    slots = model_slots(built)
-    assert list(slots) == list(state)
-    assert all(slot.shape == want[name][0] for name, slot in slots.items())
+    tensors = kimi_checkpoint.published_tensors(built)
+    assert list(tensors) == list(state)
+    assert all(tensor.shape == want[name][0] for name, tensor in tensors.items())
 
 
 def test_parameters_are_counted_as_logical_weights(built):

@@ -1,8 +1,8 @@
 """Sizes, pixels, frames and chunks against golden values, and the calls that serving engines make.
 
 Sizes, frame indices, timestamps and pixels that need no resampling are exact. Resampled ones are exact with the Pillow
-that made the golden file (the same version, on x86-64), and one grey level apart at most on others. Rule numbers
-in names and docstrings: M of the preprocessing, E of what engines rely on.
+that made the golden file (the same version, on x86-64), and one grey level apart at most on others. Labels
+E-n in docstrings number what engines rely on, see test_engine_contracts.py.
 """
 
 import copy
@@ -53,7 +53,7 @@ def chunk(num_frames, width=40, height=30, **fields):
     return {"type": "video_chunk", "video_chunk": frames, **fields}
 
 
-# ------------------------------------------------------------------------------------------------------ sizes (M-3)
+# ------------------------------------------------------------------------------------------------------------ sizes
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_golden_sizes(key, limit):
 
 @pytest.mark.parametrize("limit", MAX_TOKENS)
 def test_every_size_keeps_the_hard_limits(limit):
-    """The patch budget is soft (M-4): the largest image overshoots it, and nothing overshoots that one."""
+    """The patch budget is soft: the largest image overshoots it, and nothing overshoots that one."""
     settings = MediaSettings.read(PUBLISHED["media_proc_cfg"])
     rng = np.random.default_rng(0)
     sides = [
@@ -117,7 +117,7 @@ def test_budget_of_a_frame():
     assert make_processor().media_tokens_calculator(chunk(4, 560, 560)) == 400
 
 
-# ------------------------------------------------------------------------------------------------------ pixels (M-5)
+# ------------------------------------------------------------------------------------------------------------ pixels
 
 
 def test_all_256_values():
@@ -197,7 +197,7 @@ def test_items_of_one_call_equal_each_alone(processor):
 
 
 def test_frames_of_a_chunk_take_the_size_of_the_first(processor):
-    """M-10"""
+    """A frame of another size is resized to that of the first one, which decides the grid."""
     small, large = Image.fromarray(picture(40, 30)), Image.fromarray(picture(80, 60))
     out = processor.preprocess([{"type": "video_chunk", "video_chunk": [small, large]}], "np")
     assert out["grid_thws"].tolist() == [[2, 4, 4]]
@@ -210,7 +210,7 @@ def test_frames_of_a_chunk_take_the_size_of_the_first(processor):
 
 @pytest.mark.parametrize("case", GOLDEN["frame_sampling"], ids=lambda c: f"{c['num_frames']}@{c['fps']}")
 def test_golden_frames(case):
-    """M-7, M-8: indices, chunks and the text of each chunk."""
+    """Indices, chunks and the text of each chunk."""
     indices = sample_frames(case["num_frames"], case["fps"], case["sample_fps_cfg"])
     assert indices == case["frame_indices"] and len(indices) == case["sampled_nframes"]
     starts = range(0, len(indices), 4)

@@ -11,6 +11,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed (make tes
 
 from builders import assert_close, compile_without_a_gpu, skip_unless_interpretable  # noqa: E402
 from kimi import kimi_int4_triton  # noqa: E402
+from kimi.kimi_experts import ExpertMatrices, run_experts  # noqa: E402
 from kimi.kimi_int4 import pack_int4  # noqa: E402
 from kimi.kimi_int4_triton import (  # noqa: E402
     DecodeBlocks,
@@ -22,7 +23,6 @@ from kimi.kimi_int4_triton import (  # noqa: E402
     to_paired,
     to_planes,
 )
-from kimi.kimi_moe import ExpertMatrices, run_experts  # noqa: E402
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

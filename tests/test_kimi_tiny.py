@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from check import check_folder
 from examples.train_tiny.evaluate import held_out_samples, judge
-from kimi.kimi_moe import Experts
-from kimi.tiny_checkpoint import files_beside_weights
+from kimi.kimi_experts import Experts
+from scripts.check import check_folder
+from scripts.tiny_checkpoint import files_beside_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "kimi-tiny"

@@ -5,7 +5,7 @@ import torch
 
 from builders import LM_GOLDEN, assert_close, golden_model
 from kimi.configuration_kimi import KimiK25Config
-from kimi.kimi_attention import RotaryEmbedding, apply_rotary, rope_amplitude, softmax_scale, yarn_inv_freq
+from kimi.modeling_kimi import RotaryEmbedding, apply_rotary, rope_amplitude, softmax_scale, yarn_inv_freq
 
 CASES = LM_GOLDEN["cases"]
 

@@ -14,7 +14,7 @@ import transformers
 from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 
 from builders import assert_close, small_config
-from kimi.kimi_prompt_media import PromptMedia, count_tokens
+from kimi.kimi_generation import PromptMedia, count_tokens
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
 
 PAD, MEDIA = 319, 85  # ids of padding and of <|media_pad|> in small_config

@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import assert_close, small_config
-from kimi import kimi_moe
+from kimi import modeling_kimi
+from kimi.kimi_backends import run_experts_gathered
+from kimi.kimi_experts import ExpertMatrices, Experts, run_experts
 from kimi.kimi_int4 import dequantize_int4, quantize_int4
-from kimi.kimi_moe import ExpertMatrices, Experts, MoE, Router, route, run_experts, run_experts_gathered
+from kimi.modeling_kimi import MoE, Router, route
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -191,7 +193,8 @@ def test_long_prompts_go_by_rows_and_give_the_same(monkeypatch):
     moe, x = filled(MoE(moe_config())), torch.randn(2, 33, 64)
     with torch.no_grad():
         want = moe(x)
-        monkeypatch.setattr(kimi_moe, "ROWS_AT_ONCE", 5)
+        monkeypatch.setattr(modeling_kimi, "MOE_ROWS", 10)
+        monkeypatch.setattr(modeling_kimi, "MLP_ROWS", 5)
         seen = []
         moe.gate.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
         assert_close(moe(x), want, 5e-5, "smaller products")

@@ -35,8 +35,8 @@ from kimi.kimi_output import (
     name_of_call,
     parse_completion,
 )
-from kimi.tiny_checkpoint import write_tokenizer
 from kimi.tokenization_kimi import TikTokenTokenizer
+from scripts.tiny_checkpoint import write_tokenizer
 
 GOLDEN = json.loads((DATA / "output_golden.json").read_bytes())
 OPEN_PROMPT = "<|im_assistant|>assistant<|im_middle|><think>"

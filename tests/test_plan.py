@@ -14,20 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_utils import _get_device_map
 
-import kimi.kimi_attention
-import kimi.kimi_plan
+import kimi.kimi_backends
 import kimi.kimi_sizes
+import scripts.plan
 from builders import small_config
 from conftest import ROOT
 from kimi.configuration_kimi import KimiK25Config
 from kimi.kimi_cache import new_cache
-from kimi.kimi_checkpoint import model_slots
+from kimi.kimi_checkpoint import published_tensors
 from kimi.kimi_machine import GIB, MIB, Gpu, Machine, gpu_of, parse_gpus, parse_size
-from kimi.kimi_placement import OUTSIDES, Chain, Job, Run, _place
-from kimi.kimi_plan import Plan, main, plan
 from kimi.kimi_sizes import WEIGHT_KINDS, text_workspace_bytes, vision_workspace_bytes, weight_bytes
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from scripts.placement import OUTSIDES, Chain, Job, Run, _place
+from scripts.plan import Plan, main, plan
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 FULL = KimiK25Config.from_pretrained(ROOT)
 TB = 10**12
@@ -63,10 +63,10 @@ KIND_OF = {
 def counted(model: KimiK25ForConditionalGeneration) -> dict[str, dict[str, int]]:
     """`weight_bytes`, from the tensors of a model."""
     sizes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for name, slot in model_slots(model).items():
+    for name, published in published_tensors(model).items():
         depth = 4 if ".layers." in name else 3 if ".model." in name else 2 if "lm_head" in name else 1
         kind = next(kind for pattern, kind in KIND_OF.items() if pattern in name)
-        size = torch.Size(slot.shape).numel() * slot.target.dtype.itemsize
+        size = torch.Size(published.shape).numel() * published.target.dtype.itemsize
         sizes[".".join(name.split(".")[:depth])][kind] += size
     return {path: dict(kinds) for path, kinds in sizes.items()}
 
@@ -147,7 +147,7 @@ BUSY = {
 )
 def test_a_forward_pass_stays_within_the_workspace(batch, context, chunk, monkeypatch):
     """Allocations of a real pass over a cache that is full after it; 8 MiB of attention workspace."""
-    for module in (kimi.kimi_attention, kimi.kimi_sizes):
+    for module in (kimi.kimi_backends, kimi.kimi_sizes):
         monkeypatch.setattr(module, "WORKSPACE_BYTES", 8 * MIB)
     config = small_config(True, BUSY)
     torch.manual_seed(0)
@@ -369,7 +369,7 @@ def test_more_ram_beside_the_same_gpus_takes_no_new_search():
     """How the layers lie on GPUs does not depend on the RAM."""
     _place.cache_clear()
     machine = Machine(parse_gpus("16x24GB"), 64 * GIB, 0)
-    missing = kimi.kimi_plan._missing(machine, Job(FULL, 262_144, 2, "bfloat16"))
+    missing = scripts.plan._missing(machine, Job(FULL, 262_144, 2, "bfloat16"))
     assert missing["ram"] > 0 and _place.cache_info().misses <= len(OUTSIDES)
 
 
@@ -530,6 +530,12 @@ def test_memory_is_counted_as_it_is_sold(text, size):
     assert parse_size(text, "--ram", gb=GIB) == size
 
 
+def test_numbers_small_units_and_decimals_are_exact():
+    sizes = [5, "5B", "2KB", "1.5MB", "1KiB", "1GiB", "4.1GB", "8.7TB"]
+    want = [5, 5, 2000, 1_500_000, 1024, 2**30, 4_100_000_000, 8_700_000_000_000]
+    assert [parse_size(size, "size") for size in sizes] == want
+
+
 def test_disks_are_decimal_and_gib_is_exact():
     assert parse_size("2TB", "--disk") == 2 * TB and parse_size("2TiB", "--disk") == 2 * 1024 * GIB
     assert gpu_of("80GiB").total_bytes == 80 * GIB and gpu_of("80GB").total_bytes == int(78.4 * GIB)
@@ -587,7 +593,7 @@ def test_several_kinds_of_gpu():
 def test_bad_input_gets_one_sentence(arguments, sentence, capsys):
     assert main(arguments) == 2
     out, error = capsys.readouterr()
-    assert not out and error.startswith(f"kimi_plan: {sentence}") and error.count("\n") == 1
+    assert not out and error.startswith(f"plan: {sentence}") and error.count("\n") == 1
 
 
 def test_a_broken_config_is_named(tmp_path, capsys):
@@ -642,10 +648,9 @@ def test_this_machine(capsys):
     assert main(["--gpus", "none", "--ram", "8GB"]) == 1
 
 
-@pytest.mark.parametrize("command", [["kimi_plan.py"], ["-m", "kimi.kimi_plan"]])
-def test_runs_as_a_file_and_as_a_module(command):
+def test_runs_as_a_command():
     done = subprocess.run(
-        [sys.executable, *command, "--gpus", "8xA100-80"],
+        [sys.executable, "-m", "scripts.plan", "--gpus", "8xA100-80"],
         cwd=ROOT,
         capture_output=True,
         text=True,

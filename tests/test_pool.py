@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from builders import small_config
 from conftest import ROOT
-from kimi import kimi_files, kimi_pool
-from kimi.kimi_pool import PooledExperts, all_fit, requested
+from kimi import kimi_files, kimi_pool, kimi_sizes
+from kimi.kimi_pool import PooledExperts, requested
+from kimi.kimi_safetensors import read_header
 from kimi.kimi_sizes import expert_bytes
-from kimi.kimi_slots import ExpertFiles, Part, SlotCache, Visit, Worth, empty_for_weights, zeros_for_weights
+from kimi.kimi_slots import ExpertFiles, Part, SlotCache, Visit, Worth
 from kimi.kimi_usage import Routing
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 TOP_K, EXPERTS, LAYERS = 4, 16, 2  # of the tiny checkpoint: layers 1 and 2 have experts
 GENERATOR = torch.Generator().manual_seed(0)
@@ -160,7 +161,7 @@ def test_the_full_model_is_made_in_a_pool_without_its_experts(monkeypatch):
     from kimi.configuration_kimi import KimiK25Config
 
     config = KimiK25Config.from_pretrained(ROOT)
-    monkeypatch.setattr(kimi_pool, "detect_ram", lambda: 2**45)
+    monkeypatch.setattr(kimi_sizes, "detect_ram", lambda: 2**45)
     with torch.device("meta"), requested(10**9, "cuda"):
         model = Kimi._from_config(config, dtype=torch.bfloat16)
     sizes = sum(parameter.nbytes for parameter in model.parameters())
@@ -236,19 +237,19 @@ def test_a_size_in_words(folder):
 
 def test_auto_is_resident_where_all_fit_and_takes_what_is_free_where_not(folder, resident, one, monkeypatch):
     free = [2**40]
-    monkeypatch.setattr(kimi_pool, "detect_ram", lambda: free.pop(0) if len(free) > 1 else free[0])
+    monkeypatch.setattr(kimi_sizes, "detect_ram", lambda: free.pop(0) if len(free) > 1 else free[0])
     model = Kimi.from_pretrained(folder, expert_cache="auto")
     assert (
         model.expert_pool is None and model.warm_experts(Routing([1, 2], torch.ones(2, EXPERTS).long())) == 0
     )
     assert model.state_dict().keys() == resident.state_dict().keys()
     config = resident.config
-    kept_back = 2**40 - kimi_pool.free_bytes(torch.device("cpu"), config)
+    kept_back = 2**40 - kimi_sizes.free_bytes(torch.device("cpu"), config)
     torch.set_default_dtype(torch.bfloat16)  # as from_pretrained does
     try:
-        needed = kimi_pool.resident_bytes(config) + LAYERS * EXPERTS * one
+        needed = kimi_sizes.resident_bytes(config) + LAYERS * EXPERTS * one
         for free[0], fits in ((kept_back + needed, True), (kept_back + needed - 1, False)):
-            assert all_fit(config, kimi_pool.CacheRequest("auto")) == fits
+            assert kimi_sizes.all_fit(config, with_gpus=False) == fits
     finally:
         torch.set_default_dtype(torch.float32)
     free[:] = kept_back + needed - 1, kept_back + 9 * one  # before and after the other weights are loaded
@@ -262,7 +263,7 @@ def test_auto_is_resident_where_all_fit_and_takes_what_is_free_where_not(folder,
 
 
 def test_auto_needs_to_know_what_is_free(folder, monkeypatch):
-    monkeypatch.setattr(kimi_pool, "detect_ram", lambda: 0)
+    monkeypatch.setattr(kimi_sizes, "detect_ram", lambda: 0)
     with pytest.raises(ValueError, match=r"does not tell its free memory.*give bytes"):
         Kimi.from_pretrained(folder, expert_cache="auto")
 
@@ -642,15 +643,13 @@ def test_a_kernel_for_many_rows_gets_groups_of_experts(folder, resident, one, mo
         assert ids.min() >= 0 and ids.max() < 5
         return kimi_pool.run_experts(x, ids, weights, *matrices)
 
-    monkeypatch.setattr(kimi_pool, "choose_backend", lambda *args: kernel)
+    monkeypatch.setattr(kimi_pool, "faster_experts", lambda *args: kernel)
     assert (logits(model, SOME) - want).abs().max() < 1e-4
     assert max(seen) == 5 and len(seen) >= 2 * LAYERS
 
 
 def test_byte_ranges_are_exact(tmp_path):
     """Two experts in one file, one of them in another dtype than the slots."""
-    from kimi.kimi_checkpoint import read_header
-
     tensors = {"a": torch.arange(6.0), "b": torch.arange(6.0, 12.0).bfloat16()}
     save_file(tensors, tmp_path / "x.safetensors")
     sources = read_header(str(tmp_path / "x.safetensors"))
@@ -667,31 +666,3 @@ def test_pooled_experts_are_made_on_meta_and_say_so():
     experts = PooledExperts(small_config().text_config, 1, pool)
     assert not list(experts.parameters()) and "in the pool" in repr(experts)
     assert {tensor.device.type for tensor in experts.templates.values()} == {"meta"}
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (0, 4), (5, 2**20)], ids=["small", "empty", "on huge pages"])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16])
-def test_memory_for_weights_is_a_tensor_like_others(shape, dtype):
-    tensor = empty_for_weights(shape, dtype)
-    assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
-    tensor.fill_(3)
-    other = tensor.clone().share_memory_()
-    assert torch.equal(tensor, other) and torch.equal(copy.deepcopy(tensor), tensor)
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/statm"), reason="reads the resident set from /proc (Linux)"
-)
-def test_zeros_take_no_memory_until_they_are_written():
-    def resident():
-        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf(
-            "SC_PAGE_SIZE"
-        )
-
-    before = resident()
-    words = zeros_for_weights((64, 2**20), torch.int32)
-    assert resident() - before < words.nbytes / 4
-    assert not words[::9, ::4099].any() and words.shape == (64, 2**20) and words.dtype == torch.int32
-    with torch.device("meta"):
-        assert zeros_for_weights((64, 2**20), torch.int32).is_meta
-    assert not zeros_for_weights((3, 5), torch.bfloat16).any()

@@ -1,7 +1,8 @@
 """Conversations with media to model inputs: three ways to call, engines' calls word for word, and what users may not do.
 
 The vocabulary is a small one trained on the spot, with the published reserved tokens behind it. What the engines do with the
-results is written here in a few lines of each engine's own logic, so that its ids can be compared with ours.
+results is written here in a few lines of each engine's own logic, so that its ids can be compared with ours. Labels
+E-n number what engines rely on, see test_engine_contracts.py.
 """
 
 import base64
@@ -20,11 +21,14 @@ from PIL import Image
 from transformers import BatchFeature
 
 from clips import write_clip
-from conftest import ROOT
+from conftest import ROOT, calls_of
+from kimi import kimi_media, kimi_messages, kimi_tools
 from kimi.image_processing_kimi import KimiK25VisionProcessor
+from kimi.kimi_tools import normalize_tools
+from kimi.kimi_video import EncodedVideo
 from kimi.processing_kimi import KimiK25Processor, fit_placeholders, truncate
-from kimi.tiny_checkpoint import write_tiny_checkpoint, write_tokenizer
 from kimi.tokenization_kimi import TikTokenTokenizer
+from scripts.tiny_checkpoint import write_tiny_checkpoint, write_tokenizer
 
 IMAGE_BLOCK = "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>"
 VIDEO = "<|kimi_k25_video_placeholder|>"
@@ -239,6 +243,44 @@ def test_return_tensors(processor):
     assert half["pixel_values"].dtype == torch.bfloat16 and half["input_ids"].dtype == torch.int64
 
 
+def test_a_conversation_is_prepared_once(processor, clip, monkeypatch):
+    messages = conversation(clip)
+    normalized = calls_of(monkeypatch, kimi_messages, "normalize_content")
+    sorted_tools = calls_of(monkeypatch, kimi_tools, "tool_as_dict")
+    guarded = calls_of(monkeypatch, kimi_messages, "map_strings")
+    images = calls_of(monkeypatch, kimi_media, "open_encoded")
+    videos = calls_of(monkeypatch, EncodedVideo, "__init__")
+    processor.apply_chat_template(messages, tools=TOOLS, tokenize=True, return_dict=True)
+    assert len(normalized) == len(messages) and len(sorted_tools) == len(TOOLS)
+    assert [args[0] for args in guarded].count("In chapter 12") == 1
+    assert len(images) == len(videos) == 1  # the other image is a PIL one
+
+
+def test_a_prepared_chat_gives_the_same_inputs_once(processor, clip, monkeypatch):
+    messages, tools = conversation(clip), normalize_tools(TOOLS)
+    want = processor.apply_chat_template(messages, tools=TOOLS, return_dict=True)
+    chat = processor.prepare_chat(messages, tools)
+    assert [item["type"] for item in chat.items] == ["video_chunk", "video_chunk", "image", "image"]
+    with pytest.raises(ValueError, match="leave tools and tokenize=False out"):
+        processor.apply_chat_template(chat, tools=tools, return_dict=True)
+    with pytest.raises(ValueError, match="leave tools and tokenize=False out"):
+        processor.apply_chat_template(chat)
+    again = [
+        calls_of(monkeypatch, owner, name)
+        for owner, name in (
+            (kimi_messages, "normalize_content"),
+            (kimi_tools, "tool_as_dict"),
+            (kimi_media, "open_encoded"),
+            (EncodedVideo, "__init__"),
+        )
+    ]
+    got = processor.apply_chat_template(chat, return_dict=True)
+    assert again == [[], [], [], []] and got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    with pytest.raises(ValueError, match="used already"):
+        processor.apply_chat_template(chat, return_dict=True)
+
+
 # ----------------------------------------------------------------------------------------------- what users may type
 
 
@@ -290,6 +332,16 @@ def without_typed(messages):
     harmless[1]["content"] = harmless[2]["content"] = "a"
     harmless[1]["tool_calls"][0]["function"]["arguments"] = {"a": "a"}
     return harmless
+
+
+def test_a_token_inside_the_placeholder_is_text_too(processor, clip):
+    """One that a user of the library added: the placeholder that was typed is not taken apart at it."""
+    tokenizer = TikTokenTokenizer.from_pretrained(processor.tokenizer.name_or_path)
+    tokenizer.add_tokens(["k25_video"], special_tokens=True)
+    extended = KimiK25Processor(processor.image_processor, tokenizer)
+    messages = [user(text_part(VIDEO), {"type": "video", "video": str(clip)})]
+    ids = extended.apply_chat_template(messages, return_dict=True)["input_ids"][0].tolist()
+    assert tokenizer.convert_tokens_to_ids("k25_video") not in ids and VIDEO in tokenizer.decode(ids)
 
 
 def test_a_marker_cannot_hide_between_two_parts(processor, pad_id):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 HARD = {"torch", "transformers", "safetensors", "tiktoken", "accelerate", "PIL", "numpy", "huggingface_hub"}
 SOURCES = {path.stem: path for path in [*ROOT.glob("*_kimi.py"), *ROOT.glob("kimi_*.py")]}

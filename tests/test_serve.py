@@ -21,10 +21,12 @@ from parrot import Prompter, load_parrot, script
 from PIL import Image
 
 from clips import write_clip
-from conftest import HANG_S
-from serve import make_app
-from serve_api import Limits
-from serve_engine import Engine
+from conftest import HANG_S, calls_of
+from kimi import kimi_media, kimi_messages, kimi_tools
+from kimi.kimi_video import EncodedVideo
+from serve.__main__ import make_app
+from serve.api import Limits
+from serve.engine import Engine
 
 NAME = "parrot"
 KEY = "a key, ünïcode"
@@ -106,6 +108,10 @@ def data_uri(image, kind="PNG"):
     buffer = io.BytesIO()
     image.save(buffer, kind)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
 
 
 def image_part(colour=(220, 40, 40), size=(56, 56)):
@@ -312,6 +318,32 @@ def test_a_picture_in_a_tool_result(client):
     assert ask(client, messages).choices[0].message.content == "a picture"
 
 
+@pytest.mark.parametrize("ids", [("functions.f:0",), ("functions.f:0", "functions.f:0")])
+def test_a_request_is_prepared_once(served, monkeypatch, tmp_path, ids):
+    """Whether its calls are renumbered or not. The check of the media's sizes opens what is computed with later."""
+    clip = write_clip(tmp_path / "clip.mp4", num_frames=30, fps=10).read_bytes()
+    video = "data:video/mp4;base64," + base64.b64encode(clip).decode()
+    parts = [text_part("needle"), image_part(), {"type": "video_url", "video_url": {"url": video}}]
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        *user(*parts),
+        {"role": "assistant", "content": "a", "tool_calls": [{"id": name, **call} for name in ids]},
+        {"role": "tool", "tool_call_id": ids[0], "content": [image_part()]},
+        *user(script("a", "b")),
+    ]
+    tools = [TOOL, {"type": "function", "function": {"name": "f", "parameters": {}}}]
+    normalized = calls_of(monkeypatch, kimi_messages, "normalize_content")
+    sorted_tools = calls_of(monkeypatch, kimi_tools, "tool_as_dict")
+    guarded = calls_of(monkeypatch, kimi_messages, "map_strings")
+    images = calls_of(monkeypatch, kimi_media, "open_encoded")
+    videos = calls_of(monkeypatch, EncodedVideo, "__init__")
+    status, headers, _ = post(served[0], {"model": NAME, "messages": messages, "tools": tools})
+    assert status == 200 and ("x-kimi-warning" in headers) == (len(ids) > 1)
+    assert len(normalized) == len(messages) and len(sorted_tools) == len(tools)
+    assert [args[0] for args in guarded].count("needle") == 1
+    assert len(images) == 2 and len(videos) == 1
+
+
 # --------------------------------------------------------------------------------------------------------------- turns
 
 
@@ -412,12 +444,22 @@ BAD = {
         400,
         "tools[1].function.parameters must be a JSON schema",
     ),
+    "description a number": (
+        {"tools": [TOOL, {"type": "function", "function": {"name": "f", "description": 5}}]},
+        400,
+        "tools[1].function.description must be a string",
+    ),
     "schema without end": (
         {"tools": [{"type": "function", "function": {"name": "f", "parameters": deep_schema(400)}}]},
         400,
         "tools[0]",
     ),
     "no image": ({"messages": user({"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}, "x")}, 400, "content[0]"),
+    "no image behind texts": (
+        {"messages": user(text_part("a"), text_part("b"), image_part() | {"image_url": "data:,;base64,QUJD"})},
+        400,
+        "messages[0].content[2]",
+    ),
     "no base64": ({"messages": user({"type": "image_url", "image_url": {"url": "data:image/png;base64,%%%"}}, "x")}, 400, "base64"),
     "a file of the server": ({"messages": user({"type": "image_url", "image_url": {"url": "/etc/passwd"}}, "x")}, 400, "data: URI"),
     "a file address": ({"messages": user({"type": "image_url", "image_url": "file:///etc/passwd"}, "x")}, 400, "data: URI"),
@@ -426,6 +468,8 @@ BAD = {
     "no video": ({"messages": user({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,QUJDRA=="}}, "x")}, 400, "not a video"),
     "answer too long": ({"max_tokens": 262144}, 400, "262144"),
     "result of no call": ({"messages": [*user("x"), {"role": "tool", "tool_call_id": "z", "content": ""}]}, 400, "'z'"),
+    "posing as prepared": ({"messages": {"chats": [[]], "tools": None, "items": [], "video_prompts": []}}, 400, "messages"),
+    "a message that poses": ({"messages": [{"chats": [[]], "items": [], "video_prompts": []}]}, 400, "messages[0].role is missing"),
     "a lone surrogate": ({"model": "\ud800"}, 404, "does not exist"),
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ROOT
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False}

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsP
 
 from kimi.kimi_output import ARGUMENT_BEGIN, CALL_BEGIN, CALL_END, STOP, THINK_END, parse_completion
 from kimi.kimi_streamer import KimiTextStreamer, neutralize, num_columns
-from kimi.tiny_checkpoint import write_tokenizer
 from kimi.tokenization_kimi import TikTokenTokenizer
+from scripts.tiny_checkpoint import write_tokenizer
 
 PROMPT = "<|im_user|>user<|im_middle|>Hi<|im_end|><|im_assistant|>assistant<|im_middle|><think>"
 CALL = f'{CALL_BEGIN}functions.get_weather:0{ARGUMENT_BEGIN}{{"city": "北京", "n": 1}}{CALL_END}'

@@ -22,8 +22,6 @@ from transformers import AddedToken
 
 from conftest import ROOT
 from kimi import tokenization_kimi
-from kimi.tiny_checkpoint import PUBLISHED_BASE, write_tokenizer
-from kimi.tiny_vocabulary import SAMPLE
 from kimi.tokenization_kimi import (
     NAMED_TOKENS,
     PATTERN,
@@ -33,6 +31,8 @@ from kimi.tokenization_kimi import (
     read_ranks,
     split_long_text,
 )
+from scripts.tiny_checkpoint import PUBLISHED_BASE, write_tokenizer
+from scripts.tiny_vocabulary import SAMPLE
 
 NAMES = list(NAMED_TOKENS.values())
 KEPT = {"<think>", "</think>", *(name for name in NAMES if "tool_call" in name)}

@@ -1,19 +1,18 @@
-"""verify.py: a sound folder agrees with its own record; each planted fault is named by the stage it was planted in."""
+"""scripts.verify: a sound folder agrees with its own record; each planted fault is named by the stage it was planted in."""
 
 import json
 import shutil
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import verify
-from kimi.tiny_checkpoint import write_tiny_checkpoint
+from scripts import verify
+from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +100,7 @@ FAULTS = {
     "another eps": (in_config("text_config", rms_norm_eps=1e-4), "decoder.0.input_layernorm"),
     "rotated pairs swapped": (
         in_file(
-            "kimi_attention.py",
+            "modeling_kimi.py",
             "first, second = x[..., 0::2].float(), x[..., 1::2].float()",
             "second, first = x[..., 0::2].float(), x[..., 1::2].float()",
         ),
@@ -109,14 +108,14 @@ FAULTS = {
     ),
     "the router's bias in its weights": (
         in_file(
-            "kimi_moe.py",
+            "modeling_kimi.py",
             "topk_weights = scores.gather",
             "topk_weights = (scores + self.e_score_correction_bias).gather",
         ),
         "decoder.1.router_weights",
     ),
     "no bias in the choice": (
-        in_file("kimi_moe.py", "choice = scores + bias", "choice = scores - bias"),
+        in_file("modeling_kimi.py", "choice = scores + bias", "choice = scores - bias"),
         "decoder.1.router_ids",
     ),
     "nibbles off by one": (
@@ -240,5 +239,5 @@ def test_what_cannot_be_asked_is_said(capsys):
 
 def test_the_record_in_the_repository_is_of_kimi_tiny():
     """The shipped values belong to the shipped weights."""
-    verdicts = list(verify.verdicts(str(Path(verify.__file__).parent / "kimi-tiny"), "float32"))
+    verdicts = list(verify.verdicts(str(verify.ROOT / "kimi-tiny"), "float32"))
     assert not [one for one in verdicts if not one.ok]

@@ -14,11 +14,11 @@ from torch.nn.utils import parametrize
 from transformers import AutoProcessor
 
 from kimi.configuration_kimi import KimiK25Config
+from kimi.kimi_experts import Experts
 from kimi.kimi_int4 import dequantize_int4, quantize_int4, round_int4
-from kimi.kimi_moe import Experts
 from kimi.kimi_tools import render_tool_declaration
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
-from kimi.tiny_checkpoint import ROOT, link_code, write_model_configs, write_tokenizer
+from scripts.tiny_checkpoint import ROOT, link_code, write_model_configs, write_tokenizer
 
 from .tasks import TASKS, draw_sample
 

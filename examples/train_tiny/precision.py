@@ -6,7 +6,7 @@ import torch
 def product_dtype() -> torch.dtype:
     """bfloat16 where an x86 CPU has instructions for it and PyTorch uses them, else float32.
 
-    Emulated, a bfloat16 product takes several times as long as a float32 one (figures in LOG.md, 2026-11-28).
+    Emulated, a bfloat16 product takes several times as long as a float32 one (figures in docs/history.md, 2026-11-28).
     """
     has = torch.cpu.get_capabilities()
     native = has.get("avx512_bf16", False) or has.get("amx_bf16", False)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from kimi.kimi_moe import Router
+from kimi.modeling_kimi import Router
 
 from .data import Batches
 from .model import build_for_training, export, load_processor, load_published, write_untrained

@@ -23,8 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import uvicorn  # noqa: E402
 from parrot import load_parrot, script  # noqa: E402
 
-from serve import make_app  # noqa: E402
-from serve_engine import Engine, load  # noqa: E402
+from serve.__main__ import make_app  # noqa: E402
+from serve.engine import Engine, load  # noqa: E402
 
 QUESTION = "Which one is bigger, 9.11 or 9.9? Think carefully."
 TIMEOUT_S = 500

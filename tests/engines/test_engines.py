@@ -1,6 +1,7 @@
 """Other engines on kimi-tiny, really run: transformers' native class, MLX, llama.cpp. `make test-engines` sets them up.
 
-Ours computes in float32 with the plain reference paths. Greedy answers of 64 tokens to ten prompts.
+Ours computes in float32 with the plain reference paths. Greedy answers of 64 tokens to ten prompts. Labels E-n number
+what engines rely on, see tests/test_engine_contracts.py.
 """
 
 import os
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-import convert
 from examples.train_tiny.tasks import draw_sample
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 from kimi.tokenization_kimi import TikTokenTokenizer
+from scripts import convert
 
 pytestmark = pytest.mark.engines
 
@@ -157,7 +158,7 @@ def test_llama_cpp_answers_alike(ours, prompts, answers, gguf_file):
 
 
 def test_llama_cpp_with_the_published_int4(ours, prompts, answers, gguf_file, tmp_path):
-    """`convert.py gguf`: experts as Q4_0, the very values; llama.cpp rounds activations to 8 bits for their products."""
+    """`scripts.convert gguf`: experts as Q4_0, the very values; llama.cpp rounds activations to 8 bits for their products."""
     gguf = pytest.importorskip("gguf")
     exact = tmp_path / "exact.gguf"
     assert convert.main(["gguf", str(TINY), str(gguf_file), str(exact)]) == 0
@@ -199,7 +200,13 @@ def test_llama_cpp_tokenizes_alike(gguf_file):
     tokenizer, rng = TikTokenTokenizer.from_pretrained(TINY), random.Random(7)
     texts = [
         paragraph
-        for name in ("README.md", "LOG.md", "docs/faq.md", "kimi_tools.py", "chat_template.jinja")
+        for name in (
+            "README.md",
+            "docs/history.md",
+            "docs/questions.md",
+            "kimi_tools.py",
+            "chat_template.jinja",
+        )
         for paragraph in re.split(r"(?<=\n\n)", (ROOT / name).read_text(encoding="utf-8"))
         if not re.search("[a-z][A-Z]", paragraph)
     ]

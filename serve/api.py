@@ -21,10 +21,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kimi.kimi_media import decode_data_uri, describe, fetch, naming, unwrap
-from kimi.kimi_messages import normalize_messages, refuse_to_stop_thinking
+from kimi.kimi_messages import refuse_to_stop_thinking
 from kimi.kimi_output import Event, delta_of
-from kimi.kimi_tools import UnsupportedSchema, encode_tools_to_typescript_style, normalize_tools
-from serve_engine import Completion, Engine, Prompt, PromptTooLong, QueueFull, Sampling, media_parts
+from kimi.kimi_tools import UnsupportedSchema, encode_tools_to_typescript_style, normalize_tool
+
+from .engine import Completion, Engine, Prompt, PromptTooLong, QueueFull, Sampling
 
 MAX_STOP_TEXTS = 16
 MAX_SHOWN_CHARACTERS = 500  # of a request, in an error about it
@@ -261,15 +262,17 @@ def prepare(engine: Engine, request: ChatRequest, limits: Limits, warnings: list
     tools = None if request.tool_choice == "none" else check_tools(request.tools, warnings)
     with refusing("messages"):
         messages = open_media(request.messages, limits)
-        messages = unique_call_ids(engine, messages, warnings)
-        prompt = engine.prepare(messages, tools)
+        if renumber := repeats_a_call_id(messages):
+            warnings.append("tool calls had one id more than once and were renumbered")
+        prompt = engine.prepare_checked(messages, tools, renumber_calls=renumber)
     engine.answer_length(prompt, request.sampling.max_tokens)
     return prompt
 
 
 def check_tools(tools: list[dict[str, Any]] | None, warnings: list[str]) -> list[dict[str, Any]] | None:
-    """The tools, each of which can be declared; else ApiError with the index of the one that cannot. A schema that has
-    no TypeScript form makes all of them JSON in the prompt, as in training, and a warning."""
+    """The tools, normalised, each of which can be declared; else ApiError with the index of the one that cannot. A schema
+    that has no TypeScript form makes all of them JSON in the prompt, as in training, and a warning."""
+    normalized = []
     for index, tool in enumerate(tools or []):
         param = f"tools[{index}]"
         function = tool.get("function")
@@ -284,11 +287,12 @@ def check_tools(tools: list[dict[str, Any]] | None, warnings: list[str]) -> list
                 param,
             )
         with refusing(param):
+            normalized.append(normalize_tool(tool, param))
             try:
-                encode_tools_to_typescript_style(normalize_tools([tool]))
+                encode_tools_to_typescript_style(normalized[-1:])
             except UnsupportedSchema as error:
                 warnings.append(f"tools are declared as JSON: {quoted([str(error)], 200)}")
-    return tools
+    return normalized or None
 
 
 def open_media(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
@@ -299,7 +303,7 @@ def open_media(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str,
         content = message.get("content")
         parts = list(content) if isinstance(content, list) else content
         for position, part in enumerate(parts if isinstance(parts, list) else ()):
-            if not (isinstance(part, dict) and next(media_parts([{"content": [part]}]), None)):
+            if not isinstance(part, dict) or part.get("type") in (None, "text"):
                 continue
             name = f"messages[{number}].content[{position}]"
             with naming(name):
@@ -336,21 +340,16 @@ def read_part(part: dict[str, Any], max_bytes: int, allowed_hosts: Sequence[str]
     )
 
 
-def unique_call_ids(
-    engine: Engine, messages: list[dict[str, Any]], warnings: list[str]
-) -> list[dict[str, Any]]:
-    """The messages, renumbered if two calls have one id: a model that miscounts must not end the conversation."""
+def repeats_a_call_id(messages: list[dict[str, Any]]) -> bool:
+    """Whether two tool calls have one id: they are renumbered, since a model that miscounts must not end the
+    conversation."""
     calls = [
         call.get("id")
         for message in messages
         for call in message.get("tool_calls") or []
         if isinstance(call, Mapping) and isinstance(call.get("id"), str)
     ]
-    if len(calls) == len(set(calls)):
-        normalize_messages(messages)  # for its errors, before a medium is opened
-        return messages
-    warnings.append("tool calls had one id more than once and were renumbered")
-    return engine.tokenizer.normalize_tool_ids(messages)
+    return len(calls) != len(set(calls))
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Converts a checkpoint in the published layout into another one, shard by shard.
 
-    python convert.py bf16   SRC DST                   int4 experts to bfloat16 matrices, under the published names
-    python convert.py int4   SRC DST                   bfloat16 experts to int4 (absmax / 7, groups of 32)
-    python convert.py subset SRC DST --layers 4 --experts 16    the first layers and experts: a small model to debug with
-    python convert.py mlx    SRC DST                   the config that MLX wants; weights are linked, not copied
-    python convert.py gguf   SRC IN.gguf OUT.gguf      the experts of a GGUF file as Q4_0, exactly as they are here
+    python -m scripts.convert bf16   SRC DST               int4 experts to bfloat16 matrices, under the published names
+    python -m scripts.convert int4   SRC DST               bfloat16 experts to int4 (absmax / 7, groups of 32)
+    python -m scripts.convert subset SRC DST --layers 4 --experts 16    the first of each: a small model to debug with
+    python -m scripts.convert mlx    SRC DST               the config that MLX wants; weights are linked, not copied
+    python -m scripts.convert gguf   SRC IN.gguf OUT.gguf  the experts of a GGUF file as Q4_0, with the same values
 
 A tensor is in memory while it is converted and no longer. Each shard is read back behind its writer and compared with what
 was written; its SHA-256 goes into SHA256SUMS (`sha256sum -c SHA256SUMS` checks a copy). The same command again goes on where
@@ -31,18 +31,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kimi.kimi_checkpoint import (
-    Entries,
-    Source,
-    parse_size,
-    read_sources,
-    split_names,
-    write_shard,
-)
-from kimi.kimi_files import File, Range, Shard
+from kimi.kimi_files import File, Range, Shard, bytes_of
 from kimi.kimi_int4 import GROUP_SIZE, dequantize_int4, pack_int4, quantize_int4
-from kimi.kimi_slots import bytes_of
+from kimi.kimi_machine import parse_size
+from kimi.kimi_safetensors import Entries, Source, read_sources, split_names, write_shard
 
+ROOT = Path(__file__).resolve().parents[1]
 EXPERT = re.compile(
     r"(?P<layer>.*\.layers\.(?P<index>\d+)\.mlp\.experts\.)(?P<expert>\d+)(?P<matrix>\.(?:gate|up|down)_proj\.)"
 )
@@ -97,7 +91,7 @@ def read_checkpoint(folder: Path) -> dict[str, Source]:
 
 
 class Reader:
-    """Reads tensors of a checkpoint; the last file stays open, and must stay what it was."""
+    """Reads tensors of a checkpoint; the last file stays open, and must not change while open."""
 
     def __init__(self, sources: dict[str, Source]):
         self.sources, self.file, self.shard = sources, "", None
@@ -247,7 +241,7 @@ def dense_config(config: dict[str, Any]) -> None:
 
 
 def int4_config(config: dict[str, Any]) -> None:
-    published = json.loads((Path(__file__).parent / "config.json").read_bytes())
+    published = json.loads((ROOT / "config.json").read_bytes())
     text_part(config)["quantization_config"] = published["text_config"]["quantization_config"]
 
 
@@ -293,7 +287,7 @@ def convert(
     outputs = plan(sources, report)
     entries = {name: (output.dtype, output.shape) for name, output in outputs.items()}
     sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in entries.items()}
-    shards = split_names(sizes, parse_size(max_shard_size))
+    shards = split_names(sizes, parse_size(max_shard_size, "max_shard_size"))
     check_space(target, sum(sizes.values()))
     finished = begin(target, source, config, entries)
     copy_other_files(source, target, config)
@@ -581,7 +575,9 @@ def exact_gguf(source: Path, given: Path, target: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=("bf16", "int4", "subset", "mlx", "gguf"))
     parser.add_argument("source", type=Path)
@@ -596,7 +592,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(run(options))
     except (ValueError, OSError) as error:
-        print(f"convert.py: {error}", file=sys.stderr)
+        print(f"convert: {error}", file=sys.stderr)
         return 1
     return 0
 

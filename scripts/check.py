@@ -1,6 +1,6 @@
 """Checks a downloaded folder without loading it: is everything there, and is it Kimi K2.7 Code?
 
-    python check.py FOLDER [--json]
+    python -m scripts.check FOLDER [--json]
 
 Reads config files, the headers of the shards and the vocabulary, no weight: seconds for 595 GB. One line for each thing
 that is checked, one verdict; the exit code is 0 if all is well.
@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 
 from kimi.configuration_kimi import KimiK25Config
-from kimi.kimi_checkpoint import check_sources, model_slots, read_sources
+from kimi.kimi_checkpoint import check_sources, published_tensors
+from kimi.kimi_safetensors import read_sources
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 from kimi.tokenization_kimi import NAMED_TOKENS, NUM_RESERVED, TikTokenTokenizer
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED_TIKTOKEN = (
     "b6c497a7469b33ced9c38afb1ad6e47f03f5e5dc05f15930799210ec050c5103"  # sha256, of the whole K2 family
 )
@@ -145,12 +146,12 @@ def check_tensors(folder: Path, state: dict[str, Any]) -> str:
     sources, config = state["shards"], state["config.json"]
     with torch.device("meta"):
         model = KimiK25ForConditionalGeneration(config).bfloat16()
-    slots = model_slots(model)
-    check_sources(slots, sources)
-    for name, slot in slots.items():
-        if name in sources and sources[name].dtype != slot.target.dtype:
+    tensors = published_tensors(model)
+    check_sources(tensors, sources)
+    for name, published in tensors.items():
+        if name in sources and sources[name].dtype != published.target.dtype:
             free = name.endswith(("weight_shape", "weight_scale"))  # other exporters write int64 and fp16
-            demand(free, f"{name} is {sources[name].dtype}, published as {slot.target.dtype}")
+            demand(free, f"{name} is {sources[name].dtype}, published as {published.target.dtype}")
     total = sum(source.end - source.begin for source in sources.values())
     published = "; the published number of bytes" if total == PUBLISHED_BYTES else ""
     return f"names, shapes and dtypes of {len(sources):,} tensors{published}"
@@ -256,7 +257,9 @@ def check_code(folder: Path, state: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", action="store_true", help="for programs")

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .configuration_kimi import KimiK25Config
-from .kimi_cache import MIN_ROOM, ROOM_SHARE
-from .kimi_machine import (
+from kimi.configuration_kimi import KimiK25Config
+from kimi.kimi_cache import MIN_ROOM, ROOM_SHARE
+from kimi.kimi_machine import (
     CUDA_CONTEXT_BYTES,
     FRAGMENTATION_SHARE,
     HOST_RESERVE_BYTES,
@@ -23,7 +23,7 @@ from .kimi_machine import (
     Gpu,
     Machine,
 )
-from .kimi_sizes import (
+from kimi.kimi_sizes import (
     DTYPES,
     cache_bytes_per_token,
     expert_bytes,

@@ -1,10 +1,10 @@
 """Finds the first stage at which a port of the model computes something else.
 
-    python verify.py FOLDER                    the code and weights in a folder, stage by stage
-    python verify.py DUMP.safetensors          intermediates that a port wrote under the names of reference/stages.json
-    python verify.py http://127.0.0.1:8000/v1  an OpenAI endpoint: prompt lengths and greedy answers
-    python verify.py FOLDER --dump OUT.safetensors      writes every intermediate, whole
-    python verify.py FOLDER --record           makes the recorded values anew (float64, plain torch)
+    python -m scripts.verify FOLDER                    the code and weights in a folder, stage by stage
+    python -m scripts.verify DUMP.safetensors          intermediates that a port wrote under the names of reference/stages.json
+    python -m scripts.verify http://127.0.0.1:8000/v1  an OpenAI endpoint: prompt lengths and greedy answers
+    python -m scripts.verify FOLDER --dump OUT.safetensors      writes every intermediate, whole
+    python -m scripts.verify FOLDER --record           makes the recorded values anew (float64, plain torch)
 
 The values in reference/ were recorded from kimi-tiny with the reference path in float64 (what the model itself does in
 float32 stays so: rotation, softmax, the router). Stages come in the order of the
@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "reference"
 # Largest difference over largest value. float32 stays below half of its bound on the models it was tried on.
 TOLERANCES = {"float64": 2e-6, "float32": 5e-6, "bfloat16": 0.15}
@@ -392,7 +392,9 @@ def report(results: list[Verdict]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", help="a folder, a dump, or the address of an endpoint")
     parser.add_argument("--dtype", choices=list(TOLERANCES), default="float32")
@@ -414,7 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(report(results))
             return 0 if results and all(one.ok for one in results) else 1
     except (OSError, ValueError) as error:
-        print(f"verify.py: {error}", file=sys.stderr)
+        print(f"verify: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -24,13 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from .configuration_kimi import KimiK25Config
-from .kimi_checkpoint import Slot, model_slots, write_shards
-from .kimi_moe import Experts
-from .modeling_kimi import KimiK25ForConditionalGeneration
+from kimi.configuration_kimi import KimiK25Config
+from kimi.kimi_checkpoint import PublishedTensor, published_tensors
+from kimi.kimi_experts import Experts
+from kimi.kimi_safetensors import write_shards
+from kimi.modeling_kimi import KimiK25ForConditionalGeneration
+
 from .tiny_vocabulary import SAMPLE, write_tiny_tiktoken
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED_BASE = 163584  # BPE ranks of the published vocabulary; the 256 reserved ids follow
 TINY_TEXT = {
     "hidden_size": 256,
@@ -55,6 +57,7 @@ TINY_VISION = {
     "init_pos_emb_height": 16,
     "init_pos_emb_width": 16,
 }
+TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id", "media_placeholder_token_id"}
 LARGE = 400_000  # elements of a tensor that is drawn fast
 
 
@@ -91,10 +94,7 @@ def write_tokenizer(folder: Path, num_merges: int = 600, text: str = SAMPLE, cop
     reserved id."""
     folder.mkdir(parents=True, exist_ok=True)
     base = write_tiny_tiktoken(folder / "tiktoken.model", num_merges=num_merges, text=text)
-    config = json.loads((ROOT / "tokenizer_config.json").read_bytes())
-    tokens = config["added_tokens_decoder"].items()
-    config["added_tokens_decoder"] = {str(int(i) + base - PUBLISHED_BASE): token for i, token in tokens}
-    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config_for_vocabulary("tokenizer_config.json", base))
     for path in files_beside_weights() if copy_code else ():
         shutil.copy(path, folder)
     return base
@@ -114,14 +114,30 @@ def link_code(folder: Path) -> None:
         link.symlink_to(os.path.relpath(path, folder))
 
 
+def json_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(content), encoding="utf-8")
+
+
+def config_for_vocabulary(name: str, base: int) -> dict[str, Any]:
+    """A config file of this repository, with every token id moved from the published base to `base`."""
+    config, shift = json.loads((ROOT / name).read_bytes()), base - PUBLISHED_BASE
+    for settings in (config, config.get("text_config", {})):
+        for field in settings.keys() & TOKEN_IDS:
+            ids = settings[field]
+            settings[field] = [i + shift for i in ids] if isinstance(ids, list) else ids + shift
+    if "added_tokens_decoder" in config:
+        tokens = config["added_tokens_decoder"].items()
+        config["added_tokens_decoder"] = {str(int(i) + shift): token for i, token in tokens}
+    return config
 
 
 def write_model_configs(folder: Path, base: int, text: dict[str, Any], vision: dict[str, Any]) -> None:
-    """config.json and generation_config.json with small sizes, and every token id moved from the published base to `base`."""
-    shift = base - PUBLISHED_BASE
-    config = json.loads((ROOT / "config.json").read_bytes())
+    """config.json and generation_config.json with small sizes, for a vocabulary whose reserved ids begin at `base`."""
+    config = config_for_vocabulary("config.json", base)
     config["text_config"].update({"vocab_size": base + 256, **TINY_TEXT, **text})
     sizes = {**TINY_VISION, **vision}
     # Engines that read the sizes without the prefix must find the same ones.
@@ -137,14 +153,8 @@ def write_model_configs(folder: Path, base: int, text: dict[str, Any], vision: d
     config["projection_hidden_size"] = sizes["vt_hidden_size"]
     offsets = {"vision_start_token_id": 18, "vision_end_token_id": 20, "image_token_id": 21}
     config.update({name: base + offset for name, offset in offsets.items()})
-    generation = json.loads((ROOT / "generation_config.json").read_bytes())
-    for settings in (config, config["text_config"], generation):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "media_placeholder_token_id"):
-            if name in settings:
-                ids = settings[name]
-                settings[name] = [i + shift for i in ids] if isinstance(ids, list) else ids + shift
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", config_for_vocabulary("generation_config.json", base))
 
 
 def write_random_weights(folder: Path, seed: int, max_shard_size: int | str) -> None:
@@ -152,21 +162,21 @@ def write_random_weights(folder: Path, seed: int, max_shard_size: int | str) -> 
     config = KimiK25Config(**json.loads((folder / "config.json").read_bytes()))
     with torch.device("meta"):
         model = KimiK25ForConditionalGeneration(config).bfloat16()
-    slots = model_slots(model)
-    entries = {name: (slot.target.dtype, tuple(slot.shape)) for name, slot in slots.items()}
+    tensors = published_tensors(model)
+    entries = {name: (published.target.dtype, published.shape) for name, published in tensors.items()}
     write_shards(
         folder,
         entries,
-        lambda names: ((name, random_tensor(slots[name], seed)) for name in names),
+        lambda names: ((name, random_tensor(tensors[name], seed)) for name in names),
         max_shard_size,
     )
 
 
-def random_tensor(slot: Slot, seed: int) -> torch.Tensor:
+def random_tensor(published: PublishedTensor, seed: int) -> torch.Tensor:
     """A tensor that keeps activations near one: matrices N(0, 1/inputs), norms near 1, biases near 0."""
-    key = zlib.crc32(f"{seed}/{slot.name}".encode())
+    key = zlib.crc32(f"{seed}/{published.name}".encode())
     generator = torch.Generator().manual_seed(key)
-    shape, dtype, large = slot.shape, slot.target.dtype, prod(slot.shape) >= LARGE
+    shape, dtype, large = published.shape, published.target.dtype, prod(published.shape) >= LARGE
 
     def uniform(low: float, high: float) -> torch.Tensor:
         if large:
@@ -179,23 +189,23 @@ def random_tensor(slot: Slot, seed: int) -> torch.Tensor:
             return from_table((torch.special.ndtri(quantiles) * deviation).to(dtype), shape, key)
         return (torch.randn(shape, generator=generator) * deviation).to(dtype)
 
-    if isinstance(slot.module, Experts):
-        projection, tensor = slot.module.published[slot.parameter]
+    if isinstance(published.module, Experts):
+        projection, tensor = published.module.published[published.parameter]
         if tensor == "weight_shape":
-            return torch.tensor(slot.module.shapes[projection], dtype=dtype)
+            return torch.tensor(published.module.shapes[projection], dtype=dtype)
         if tensor == "weight_packed" and large:
             return torch.from_numpy(random_bits(prod(shape) * 2, key)).view(dtype).view(shape)
         if tensor == "weight_packed":
             return torch.randint(-(2**31), 2**31, shape, generator=generator).to(dtype)
         if tensor == "weight_scale":
             spread = 4.6  # standard deviation of codes drawn evenly from -8..7
-            middle = slot.module.shapes[projection][1] ** -0.5 / spread
+            middle = published.module.shapes[projection][1] ** -0.5 / spread
             return uniform(0.5 * middle, 1.5 * middle)
-    if "norm" in slot.name and slot.parameter == "weight":
+    if "norm" in published.name and published.parameter == "weight":
         return uniform(0.9, 1.1)
-    if slot.parameter in ("bias", "e_score_correction_bias"):
+    if published.parameter in ("bias", "e_score_correction_bias"):
         return uniform(-0.1, 0.1)
-    inputs = prod(shape[1:]) if "embed" not in slot.name and "pos_emb" not in slot.name else 1
+    inputs = prod(shape[1:]) if "embed" not in published.name and "pos_emb" not in published.name else 1
     return normal(inputs**-0.5)
 
 

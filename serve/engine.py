@@ -6,8 +6,8 @@
     worker      generate(), one job at a time, with the cache of the conversation that begins alike
     job.emit    gets Events while tokens come, then a Completion or an exception (from the worker's thread)
 
-A turn's prompt begins with the whole turn before it, because Kimi keeps its reasoning (chat_format.md, prefix
-property). `PrefixCaches` keeps the latents of the last conversations; of a new prompt only what no cache holds is
+A turn's prompt begins with the whole turn before it, because Kimi keeps its reasoning:
+earlier messages render to the same text again. `PrefixCaches` keeps the latents of the last conversations; of a new prompt only what no cache holds is
 computed. Two tokens are the same if their ids are, and a `<|media_pad|>` only if the picture behind it is, too: its key
 is made of the item's pixels.
 
@@ -32,7 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kimi.kimi_cache import new_cache
 from kimi.kimi_output import CALL_BEGIN, SECTION_BEGIN, THINK_END, Event, KimiCompletionStream
-from kimi.processing_kimi import prepare_conversations
+from kimi.kimi_tools import normalize_tools
 
 log = logging.getLogger("kimi.serve")
 
@@ -373,23 +373,27 @@ class Engine:
     def prepare(self, messages: Sequence[Any], tools: Any = None, **options: Any) -> Prompt:
         """Ids and pixels of a conversation, whose media are whatever the processor takes.
 
-        Raises ValueError or OSError, as the processor does, and PromptTooLong before any frame is decoded.
+        Raises ValueError or OSError, as the processor does, and PromptTooLong before any pixels are computed.
         """
-        template = {"tools": tools, "return_dict": True, "return_tensors": "pt", **options}
-        if next(media_parts(messages), None):
-            self._check_media(messages)
-        inputs = dict(self.processor.apply_chat_template(messages, **template))
+        return self.prepare_checked(messages, normalize_tools(tools), **options)
+
+    def prepare_checked(
+        self, messages: Sequence[Any], tools: Any, renumber_calls: bool = False, **options: Any
+    ) -> Prompt:
+        """As `prepare`, from tools that `normalize_tools` returned. renumber_calls: see `KimiK25Processor.prepare_chat`."""
+        chat = self.processor.prepare_chat(messages, tools, renumber_calls=renumber_calls)
+        self._check_media(chat.items)
+        template = {"return_dict": True, "return_tensors": "pt", **options}
+        inputs = dict(self.processor.apply_chat_template(chat, **template))
         self._check_length(inputs["input_ids"].shape[1])
         config = self.model.config
         merge = config.vision_config.merge_kernel_size
         return Prompt(inputs, token_keys(inputs, config.media_placeholder_token_id, merge))
 
-    def _check_media(self, messages: Sequence[Any]) -> None:
+    def _check_media(self, items: Sequence[Mapping[str, Any]]) -> None:
         """Counts the tokens and bytes of media from their sizes alone: a long video does not fit into memory."""
-        processor = self.processor
-        items, _ = processor.preprocess_medias(prepare_conversations(messages)[1])
         merge = self.model.config.vision_config.merge_kernel_size
-        tokens = [processor.image_processor.media_tokens_calculator(item) for item in items]
+        tokens = [self.processor.image_processor.media_tokens_calculator(item) for item in items]
         frames = [len(item["video_chunk"]) if item["type"] == "video_chunk" else 1 for item in items]
         patches = sum(count * merge[0] * merge[1] * n for count, n in zip(tokens, frames, strict=True))
         self._check_length(sum(tokens), "the media alone take")
@@ -510,12 +514,3 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, device_map="auto")
     return model.eval(), processor
-
-
-def media_parts(messages: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """The content parts that are media, in order, as the caller's own dicts."""
-    for message in messages:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for part in content if isinstance(content, (list, tuple)) else ():
-            if isinstance(part, Mapping) and part.get("type") not in (None, "text"):
-                yield part  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """Asks kimi-tiny, the small trained Kimi in this repository, the model card's questions: text, picture, clip, kept thoughts.
 
-    python demo.py [--folder CHECKPOINT] [--prompt TEXT] [--max-new-tokens 200]
+    python -m scripts.demo [--folder CHECKPOINT] [--prompt TEXT] [--max-new-tokens 200]
 
 Everything is the real path: chat template, tokenizer, image processor, int4 shards, `AutoModelForCausalLM` with remote
 code, `generate`. The picture is drawn and the video encoded on the spot. Give `--folder` to ask another checkpoint, also
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
 from examples.pictures import encode_mp4
 from examples.train_tiny.shapes import Shape, draw_clip, draw_scene
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "Which one is bigger, 9.11 or 9.9? Think carefully."
 SCENE = [
     Shape("red", "circle", "at the top left"),
@@ -178,7 +178,9 @@ def facts(model: Any, folder: Path, output: Any, num_new: int, seconds: float) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--folder", type=Path, default=ROOT / "kimi-tiny")
     parser.add_argument("--prompt", help="ask only this")

@@ -1,7 +1,7 @@
 """The planner: what fits where, how fast it can be at best, and what to change if it does not fit. Reads no weights.
 
-    python kimi_plan.py --gpus 8xH200
-    python kimi_plan.py --gpus 1x24GB --ram 768GB --context 16384 --json
+    python -m scripts.plan --gpus 8xH200
+    python -m scripts.plan --gpus 1x24GB --ram 768GB --context 16384 --json
 
 Everything follows from config.json. The model is a chain of layers between three modules that may lie anywhere:
 
@@ -14,7 +14,7 @@ Everything follows from config.json. The model is a chain of layers between thre
                                                                  in RAM or stay in the files on disk
     norm, lm_head                                                2.35 GB
 
-Devices take consecutive layers, whole, and any of the three modules. kimi_placement.py searches all such ways; experts
+Devices take consecutive layers, whole, and any of the three modules. placement.py searches all such ways; experts
 that no accelerator can hold go to RAM, and then stay on disk. Sizes come from kimi_sizes.py, cards from kimi_machine.py.
 
 The ceiling is bytes read per token over bandwidth, layers one after the other, experts computed where they lie (those
@@ -28,20 +28,14 @@ RAM is 80 GiB of chips, of which CUDA shows about 98 %; `2TB` of disk is 2 * 10^
 import argparse
 import json
 import re
-import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and not __package__:
-    # `python kimi_plan.py`: once more, as a part of the package that kimi.py makes of this folder.
-    runpy.run_module("kimi.kimi_plan", run_name="__main__", alter_sys=True)
-    sys.exit()
-
-from .configuration_kimi import KimiK25Config
-from .kimi_machine import (
+from kimi.configuration_kimi import KimiK25Config
+from kimi.kimi_machine import (
     CUDA_CONTEXT_BYTES,
     DISK_BANDWIDTH,
     FRAGMENTATION_SHARE,
@@ -56,8 +50,9 @@ from .kimi_machine import (
     parse_gpus,
     parse_size,
 )
-from .kimi_placement import OUTSIDES, PATHS, Job, Placement, Run, attempt, find_placement, ram_budget
-from .kimi_sizes import DTYPES, WEIGHT_KINDS, expert_bytes, vision_workspace_bytes
+from kimi.kimi_sizes import DTYPES, WEIGHT_KINDS, expert_bytes, vision_workspace_bytes
+
+from .placement import OUTSIDES, PATHS, Job, Placement, Run, attempt, find_placement, ram_budget
 
 try:
     from rich.console import Console
@@ -65,7 +60,7 @@ try:
 except ImportError:  # the table is then plain text
     Console = Table = None
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -613,7 +608,7 @@ def read_config(folder: str) -> KimiK25Config:
 
 def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="kimi_plan",
+        prog="python -m scripts.plan",
         description="Says what fits where, before a byte of the weights is read.",
         epilog="Exit status: 0 fits, 1 does not fit, 2 the question is not understood.",
     )
@@ -629,7 +624,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="bfloat16", help="of all that is not packed: bfloat16 (default), float16, float32")
     add("--ram-bandwidth", type=float, default=RAM_BANDWIDTH / 1e9, help="GB/s (default %(default)s)")
     add("--disk-bandwidth", type=float, default=DISK_BANDWIDTH / 1e9, help="GB/s (default %(default)s)")
-    add("--config", default=str(ROOT), help="folder of config.json (default: the one beside this file)")
+    add("--config", default=str(ROOT), help="folder of config.json (default: this repository's)")
     add("--json", action="store_true", help="the plan as JSON, bytes everywhere")
     words: list[str] = []
     for word in sys.argv[1:] if arguments is None else arguments:
@@ -661,7 +656,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             disk_bandwidth=given.disk_bandwidth * 1e9,
         )
     except ValueError as error:
-        print(f"kimi_plan: {error}", file=sys.stderr)
+        print(f"plan: {error}", file=sys.stderr)
         return 2
     if given.json:
         print(json.dumps(result.to_dict(), indent=2))

@@ -1,6 +1,6 @@
 """An endpoint like OpenAI's for one machine and few users.
 
-    python serve.py --model FOLDER [--host 127.0.0.1] [--port 8000] [--api-key KEY]
+    python -m serve --model FOLDER [--host 127.0.0.1] [--port 8000] [--api-key KEY]
 
     POST /v1/chat/completions    whole or streamed (server-sent events)
     GET  /v1/models              the one model
@@ -31,9 +31,9 @@ try:
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 except ImportError as error:
-    raise SystemExit(f"serve.py needs `pip install -r requirements-serve.txt` ({error})") from None
+    raise SystemExit(f"python -m serve needs `pip install -r requirements-serve.txt` ({error})") from None
 
-from serve_api import (
+from .api import (
     Answer,
     ApiError,
     ChatRequest,
@@ -46,7 +46,7 @@ from serve_api import (
     read_request,
     to_bytes,
 )
-from serve_engine import Completion, Engine, Job, load
+from .engine import Completion, Engine, Job, load
 
 log = logging.getLogger("kimi.serve")
 
@@ -314,7 +314,7 @@ async def refuse(request: Request, error: Exception) -> Response:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--name", help="what requests call the model; by default the folder's name")

@@ -1,12 +1,12 @@
 """A chat in the terminal: thoughts dim, answers plain, tool calls in boxes.
 
-    python chat.py [--model FOLDER] [--max-tokens N] [--temperature T] [--seed S]
+    python -m scripts.chat [--model FOLDER] [--max-tokens N] [--temperature T] [--seed S]
 
     /image PATH    adds a picture to the next message        /new     forgets the conversation
     /video PATH    adds a clip to the next message           /quit    ends, as does the end of the input
 
 Ctrl-C ends an answer. Reads lines from a pipe, too; what it writes there has no colours. Each turn computes only what is
-new: the cache of the turns before is kept (see serve_engine.py).
+new: the cache of the turns before is kept (see serve/engine.py).
 """
 
 import argparse
@@ -18,10 +18,10 @@ from typing import Any, TextIO
 from kimi.kimi_media import existing_file, open_image
 from kimi.kimi_streamer import DIM, RESET, TerminalDisplay, display_for, one_line
 from kimi.kimi_video import open_video
-from serve_engine import Completion, Engine, Sampling, load
+from serve.engine import Completion, Engine, Sampling, load
 
 HELP = "/image PATH, /video PATH, /new, /quit"
-DEFAULT_MODEL = Path(__file__).resolve().parent / "kimi-tiny"
+DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "kimi-tiny"
 
 
 class Chat:
@@ -116,7 +116,9 @@ def summary(done: Completion) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.chat",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="folder of the checkpoint")
     parser.add_argument("--max-tokens", type=int, default=4096, help="of one answer, thoughts included")

@@ -1,1 +1,0 @@
-../kimi_placement.py

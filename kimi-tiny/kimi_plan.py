@@ -1,1 +1,0 @@
-../kimi_plan.py

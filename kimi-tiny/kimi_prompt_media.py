@@ -1,1 +1,0 @@
-../kimi_prompt_media.py

@@ -1,0 +1,542 @@
+"""Which code runs: for one operation and one call, the faster code or None. Every threshold and every reason is here.
+
+The formulas are plain torch, in `modeling_kimi.py` and `kimi_experts.py`. There each operation asks once:
+
+    product = faster_linear(x, weight) or F.linear
+    y = product(x, weight)
+
+    operation                   asks                        code for a CPU (kimi_cpu)   code for a GPU (Triton)
+    x W^T of a few rows         faster_linear               linear_bf16
+    the router's scores         faster_scores               linear_bf16, fp32 out
+    RMSNorm                     faster_rms_norm             rms_norm_bf16
+    rotation                    faster_rotary               rotary_bf16
+    absorbed attention, whole   faster_absorb               absorb
+    ... its inner part          faster_latent_attention                                 latent_attention_triton
+    attention of a prompt       faster_expanded_attention   prefill_attention           (torch's SDPA)
+    routed experts, packed      faster_experts              run_experts_cpu             run_experts_triton
+
+An answer has the signature of the plain code and its result within rounding. `choose_path` decides between the two readings
+of attention, and the last section cuts long inputs into parts.
+
+`config.mla_path` and `config.int4_backend` can force an implementation by name. Forced means used or refused: where it
+cannot run, a ValueError says why. Triton kernels are compared with the plain code once per device before they are used.
+
+This file takes tensors and strings. It imports no model code; where it needs the plain code, it is handed over.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from transformers.utils import logging
+
+from .kimi_cpu import (
+    absorb,
+    expert_int4,
+    experts_int4,
+    has_expert_product,
+    has_prefill_attention,
+    linear_bf16,
+    prefill_attention,
+    rms_norm_bf16,
+    rotary_bf16,
+    unpack_int4_bf16,
+    why_unavailable,
+)
+from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE
+from .kimi_sizes import WORKSPACE_BYTES
+
+NO_TRITON: str | None = None
+try:
+    from .kimi_attention_triton import latent_attention_triton
+    from .kimi_int4_triton import run_experts_triton
+except ImportError as error:
+    NO_TRITON = f"triton cannot be imported ({error})"
+
+logger = logging.get_logger(__name__)
+
+# Measured on CPUs; see docs/history.md.
+LINEAR_ROWS = 4  # up to which our product wins; from 8 rows on PyTorch's does
+ABSORB_QUERIES_ON_CPU = 8  # new tokens up to which the compiled code does absorbed attention
+EXPERT_ROWS = (
+    16  # rows of one expert up to which reading its words for each row is faster than unpacking them once
+)
+EXPERT_ROWS_BESIDE_TILES = 3  # ... where unpacking goes straight into the tiles of AMX
+
+# New tokens up to which attention runs on the latent. On paper c(dn + dv) / (2c - dn - dv) = 171 against a long cache,
+# 0 without one; see `choose_path`. Measured on a CPU between 40 and 60; accelerators were not measured.
+ABSORB_UP_TO, ABSORB_UP_TO_ON_CPU = 128, 48
+
+MLP_ROWS = 4096  # of a long prompt at once: inner values are wider than the stream
+MOE_ROWS = 8192  # more, since each part unpacks its experts anew
+LATENT_WIDTH_ON_CPU = 4096  # values of a latent that the compiled code has room for
+
+
+def is_recorded(*tensors: torch.Tensor) -> bool:
+    """Whether autograd records what is done with one of these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def use_cpu_kernel(*tensors: torch.Tensor) -> bool:
+    """Whether the compiled code may take these tensors: bf16 on a CPU, none empty, nothing recorded, traced or cast."""
+    for tensor in tensors:
+        if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" or not tensor.numel():
+            return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or why_unavailable() is not None:
+        return False
+    return not is_recorded(*tensors)
+
+
+# ------------------------------------------------------------------------------------------- products, norms, rotation
+
+
+def faster_linear(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """For F.linear(x, weight) without a bias: x (..., inputs) of a few rows, weight (outputs, inputs)."""
+    few = x.numel() <= LINEAR_ROWS * x.shape[-1] and weight.is_contiguous()
+    return linear_bf16 if few and use_cpu_kernel(x, weight) else None
+
+
+def faster_scores(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """The same with the sums as they are, in fp32."""
+    return None if faster_linear(x, weight) is None else linear_bf16_to_fp32
+
+
+def linear_bf16_to_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return linear_bf16(x, weight, torch.float32)
+
+
+def faster_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """For `rms_norm(x, weight, eps)`, x (..., width)."""
+    contiguous = x.is_contiguous() and weight.is_contiguous()
+    return rms_norm_bf16 if contiguous and use_cpu_kernel(x, weight) else None
+
+
+def faster_rotary(x: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """For `rotate_pairs(x, cos, sin)`, x (B, h, T, dr)."""
+    return rotary_bf16 if x.stride(-1) == 1 and use_cpu_kernel(x) else None
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def choose_path(path: str, num_new: int, num_total: int, device: str = "cpu") -> str:
+    """ "absorb" or "expand" for T new tokens against S cached and new ones; `path` forces one unless it is "auto"."""
+    if path != "auto":
+        return path.partition("-")[0]
+    # Expanding is done once for all queries, so it pays from some number of them on; sooner when there is little to expand.
+    most = ABSORB_UP_TO_ON_CPU if device == "cpu" else ABSORB_UP_TO
+    return "absorb" if num_new == 1 or (num_new <= most and num_total >= 4 * num_new) else "expand"
+
+
+def faster_absorb(
+    path: str,
+    q_nope: torch.Tensor,
+    up: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+    wants_weights: bool,
+) -> Callable[..., torch.Tensor] | None:
+    """All of absorbed attention in one call, `absorb(q_nope, q_pe, up, latent, k_pe, mask, scaling)`.
+
+    q_nope (B, h, T, dn), up (h, dn + dv, c), latent (B, 1, S, c), k_pe (B, 1, S, dr), mask boolean or None. Raises
+    ValueError if "absorb-cpu" cannot be used.
+    """
+    forced = path == "absorb-cpu"
+    if not forced and (path not in ("auto", "absorb") or q_nope.shape[2] > ABSORB_QUERIES_ON_CPU):
+        return None
+    reason = why_not_absorb_on_cpu(q_nope, up, latent, k_pe, mask, wants_weights)
+    if reason is None:
+        return absorb if q_nope.shape[2] <= ABSORB_QUERIES_ON_CPU else absorb_in_parts
+    if forced:
+        raise ValueError(f"mla_path '{path}' is unavailable: {reason}.")
+    return None
+
+
+def why_not_absorb_on_cpu(
+    q_nope: torch.Tensor,
+    up: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+    wants_weights: bool,
+) -> str | None:
+    if latent.device.type != "cpu":
+        return f"the cache is on {latent.device}"
+    if not latent.dtype == k_pe.dtype == up.dtype == q_nope.dtype == torch.bfloat16:
+        return f"it takes bfloat16, not a cache of {latent.dtype} with {up.dtype} weights"
+    if mask is not None and mask.dtype != torch.bool:
+        return f"it takes a boolean mask, not {mask.dtype}"
+    if wants_weights:
+        return "it makes no attention weights, which attn_implementation='eager' returns"
+    if is_recorded(q_nope, up, latent, k_pe):
+        return "it computes no gradients"
+    if not up.is_contiguous() or latent.stride(-1) != 1 or k_pe.stride(-1) != 1:
+        return "kv_b_proj and the cache must be contiguous in their last dimension"
+    if latent.shape[-1] > LATENT_WIDTH_ON_CPU:
+        return f"kv_lora_rank {latent.shape[-1]} exceeds {LATENT_WIDTH_ON_CPU}"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace it"
+    return why_unavailable()
+
+
+def absorb_in_parts(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    up: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """`absorb` of many new tokens, whose scores would not fit the workspace at once; returns (B, T, h, dv)."""
+    parts = [
+        absorb(q_nope[:, :, rows], q_pe[:, :, rows], up, latent, k_pe, part_of_mask(mask, rows), scaling)
+        for rows in query_slices(q_nope, latent.shape[2])
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def faster_latent_attention(
+    path: str, q_latent: torch.Tensor, wants_weights: bool, plain: Callable
+) -> Callable[..., Any] | None:
+    """For `plain(q_latent, q_pe, latent, k_pe, mask, scaling)`, the attention on the latent between the two absorbed
+    products. Raises ValueError if "absorb-sdpa" or "absorb-triton" cannot be used."""
+    forced = path.partition("-")[2]
+    if forced not in ("sdpa", "triton") and (forced or not q_latent.is_cuda):
+        return None
+    if wants_weights:
+        reason: str | None = "it makes no attention weights, which attn_implementation='eager' returns"
+    elif forced == "sdpa":
+        return latent_attention_sdpa
+    elif is_recorded(q_latent):
+        reason = "it computes no gradients"
+    else:
+        reason = why_not_triton_attention(q_latent.device, q_latent.dtype, plain)
+    if reason is None:
+        return latent_attention_triton
+    if forced:
+        raise ValueError(f"mla_path '{path}' is unavailable: {reason}.")
+    return None
+
+
+def latent_attention_sdpa(
+    q_latent: torch.Tensor,
+    q_pe: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, None]:
+    """Through PyTorch's fused attention: scores are never stored, but latent and k_pe are joined by a copy."""
+    heads = q_latent.shape[1]
+    query, key = torch.cat((q_latent, q_pe), dim=-1), torch.cat((latent, k_pe), dim=-1)
+    key, value = key.expand(-1, heads, -1, -1), latent.expand(-1, heads, -1, -1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling), None
+
+
+@functools.cache
+def why_not_triton_attention(device: torch.device, dtype: torch.dtype, plain: Callable) -> str | None:
+    """None if the kernel runs on this device and agrees with `plain`, which is tried once on a short cache."""
+    if NO_TRITON is not None or device.type != "cuda":
+        return NO_TRITON or f"the cache is on {device}"
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, 1, 512), (1, 4, 1, 64), (1, 1, 300, 512), (1, 1, 300, 64))
+    q, q_pe, latent, k_pe = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    try:
+        want, _ = plain(q, q_pe, latent, k_pe, None, 0.05)
+        got, _ = latent_attention_triton(q, q_pe, latent, k_pe, None, 0.05)
+        check_agreement(got, want, "the output")
+    except Exception as problem:  # whatever a compiler or driver may raise: the plain code still works
+        reason = f"its kernel fails on {device} ({type(problem).__name__}: {problem})"
+        logger.warning(f"attention on the latent runs in plain torch: triton is there, but {reason}")
+        return reason
+    return None
+
+
+def faster_expanded_attention(
+    implementation: str,
+    dropout: float,
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv: torch.Tensor,
+    v_dim: int,
+    mask: torch.Tensor | None,
+) -> Callable[..., torch.Tensor] | None:
+    """Attention of q_nope (B, h, T, dn), q_pe (B, h, T, dr) to expanded keys and values, kv (B, h, S, dn + dv), in the place
+    of torch's SDPA: `expanded_attention_cpu(q_nope, q_pe, kv, k_pe, mask, scaling)`."""
+    if implementation != "sdpa" or kv.device.type != "cpu" or dropout:
+        return None
+    fits = kv.dtype == q_nope.dtype == torch.bfloat16 and (mask is None or mask.dtype == torch.bool)
+    fits = fits and not (q_nope.shape[-1] % 2 or q_pe.shape[-1] % 2 or v_dim % 64)
+    if not fits or is_recorded(q_nope, kv) or torch.compiler.is_compiling() or not has_prefill_attention():
+        return None
+    return expanded_attention_cpu
+
+
+def expanded_attention_cpu(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Returns (B, T, h, dv). Neither joins keys nor pads values."""
+    batch, heads, num_new, nope_dim = q_nope.shape
+    output = q_nope.new_empty(batch, num_new, heads, kv.shape[-1] - nope_dim)
+    mask = None if mask is None else mask[..., : kv.shape[2]]
+    # Without a mask the first T of S keys belong to the new tokens, see `readable_mask`; a single token sees all.
+    offset = 0 if mask is None and num_new > 1 else None
+    prefill_attention(q_nope, q_pe, kv, k_pe, mask, offset, scaling, output.transpose(1, 2))
+    return output
+
+
+# ------------------------------------------------------------------------------------------------------ routed experts
+
+
+Packed = tuple[torch.Tensor, torch.Tensor]  # words and scales
+
+
+class Matrices(Protocol):
+    """What is asked here of `kimi_experts.ExpertMatrices`: one projection of the experts of a layer."""
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+    @property
+    def scale(self) -> torch.Tensor | None: ...
+    @property
+    def num_experts(self) -> int: ...
+    def place(self, expert: int) -> int: ...
+    def one(self, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def batches(self, experts: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]: ...
+    def gathered(self, experts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+
+
+def faster_experts(
+    requested: str, x: torch.Tensor, gate: Matrices, plain: Callable
+) -> Callable[..., torch.Tensor] | None:
+    """For `plain(x, topk_ids, topk_weights, gate, up, down)`, x (R, H). `requested` is config.int4_backend.
+
+    Raises ValueError if a backend was asked for by name and cannot be used, with the reason.
+    """
+    if torch.compiler.is_compiling() and requested in ("auto", "reference"):
+        return run_experts_gathered
+    device, reason = x.device.type, None
+    if requested == "cpu" or (requested == "auto" and device == "cpu"):
+        reason = why_not_experts_on_cpu(x, gate)
+        if reason is None:
+            return run_experts_cpu
+    if requested == "triton" or (requested == "auto" and device == "cuda"):
+        reason = why_not_experts_by_triton(x, gate, plain)
+        if reason is None:
+            return run_experts_triton
+    if requested in ("cpu", "triton"):
+        raise ValueError(f"int4_backend '{requested}' is unavailable: {reason}.")
+    return None
+
+
+def runs_by_expert(backend: Callable | None, num_rows: int) -> bool:
+    """Whether a backend (None: the plain code) runs one expert after the other, so that each may arrive just in time."""
+    return backend is None or (backend is run_experts_cpu and num_rows > EXPERT_ROWS)
+
+
+def why_not_experts_on_cpu(x: torch.Tensor, gate: Matrices) -> str | None:
+    if gate.scale is None:
+        return f"the experts are not packed but {gate.weight.dtype}"
+    if x.device.type != "cpu":
+        return f"the weights are on {x.device}"
+    if x.dtype != torch.bfloat16 or gate.scale.dtype != torch.bfloat16:
+        return f"it takes bfloat16, not {x.dtype} with {gate.scale.dtype} scales"
+    if is_recorded(x):
+        return "it computes no gradients"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace it"
+    return why_unavailable()
+
+
+def why_not_experts_by_triton(x: torch.Tensor, gate: Matrices, plain: Callable) -> str | None:
+    if gate.scale is None:
+        return f"the experts are not packed but {gate.weight.dtype}"
+    if is_recorded(x):
+        return "it computes no gradients"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace it"
+    return why_not_triton_experts(x.device, plain, type(gate))
+
+
+@functools.cache
+def why_not_triton_experts(device: torch.device, plain: Callable, matrices_type: Callable) -> str | None:
+    """None if the kernels run on this device and agree with `plain`, which is tried once on a small layer."""
+    if NO_TRITON is not None or device.type != "cuda":
+        return NO_TRITON or f"the weights are on {device}"
+    generator = torch.Generator().manual_seed(0)
+    matrices = []
+    for outputs, inputs in ((64, 256), (64, 256), (256, 64)):
+        words = torch.randint(
+            -(2**31), 2**31, (4, outputs, inputs // CODES_PER_WORD), generator=generator
+        ).int()
+        scales = (torch.rand(4, outputs, inputs // GROUP_SIZE, generator=generator) * 0.02).bfloat16()
+        matrices.append(matrices_type(words.to(device), scales.to(device)))
+    try:
+        for rows in (1, 40):  # the kernels for few and for many rows
+            x = torch.randn(rows, 256, generator=generator).bfloat16().to(device)
+            ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(rows)]).to(device)
+            weights = torch.ones(rows, 2, device=device)
+            want = plain(x, ids, weights, *matrices)
+            check_agreement(run_experts_triton(x, ids, weights, *matrices), want, f"{rows} rows")
+    except Exception as problem:  # whatever a compiler or driver may raise: the plain code still works
+        reason = f"its kernels fail on {device} ({type(problem).__name__}: {problem})"
+        logger.warning(f"int4 experts run in plain torch, slowly: triton is there, but {reason}")
+        return reason
+    return None
+
+
+def check_agreement(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
+    wrong = float((got - want).abs().max() / want.abs().max())
+    if not wrong < 0.05:
+        raise ArithmeticError(f"{what} differs by {wrong:.3g} of the largest value")
+
+
+@torch.no_grad()
+def run_experts_cpu(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate: Matrices,
+    up: Matrices,
+    down: Matrices,
+) -> torch.Tensor:
+    """Packed experts for bf16 on a CPU, with compiled code. Experts with few rows multiply the words as they are; one with
+    many rows is unpacked into tiles of AMX, or into a buffer that all of them share, for the dense product."""
+    packed = [cast(Packed, (matrix.weight, matrix.scale)) for matrix in (gate, up, down)]
+    x, choices = x.contiguous(), topk_ids.shape[-1]
+    if len(x) <= EXPERT_ROWS:
+        return experts_int4(x, topk_ids.contiguous(), topk_weights.contiguous(), packed)
+    order = topk_ids.flatten().argsort(stable=True)  # pairs, by expert
+    experts, rows = topk_ids.flatten()[order], order // choices
+    weights = topk_weights.flatten()[order].unsqueeze(-1)
+    counts = experts.bincount(minlength=gate.num_experts)
+    output = torch.zeros(x.shape, dtype=torch.float32)
+    with_tiles = has_expert_product()
+    limit = EXPERT_ROWS_BESIDE_TILES if with_tiles else EXPERT_ROWS
+    few = (counts <= limit)[experts]
+    if few.any():
+        few_rows, few_weights = rows[few], weights[few]
+        for part, places in gate.batches(experts[few]):
+            y = experts_int4(x[few_rows[part]], places.unsqueeze(-1), few_weights[part], packed)
+            output.index_add_(0, few_rows[part], y)
+    if with_tiles:
+        run_one = expert_int4(x, rows, weights, packed, output)
+    else:
+        run_one = unpacked_expert(x, rows, weights, (gate, up, down), output)
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count > limit:
+            run_one(gate.place(expert) if with_tiles else expert, start, count)
+        start += count
+    return output
+
+
+def unpacked_expert(
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    matrices: tuple[Matrices, Matrices, Matrices],
+    output: torch.Tensor,
+) -> Callable[[int, int, int], None]:
+    """A function (expert, start, count) that adds the outputs of one expert for pairs start .. start + count to `output`."""
+    sizes = [(matrix.weight.shape[1], matrix.weight.shape[2] * CODES_PER_WORD) for matrix in matrices]
+    buffers = [x.new_empty(size) for size in sizes]
+
+    def run(expert: int, start: int, count: int) -> None:
+        chosen = slice(start, start + count)
+        w_gate, w_up, w_down = (
+            unpack_int4_bf16(*cast(Packed, matrix.one(expert)), buffer)
+            for matrix, buffer in zip(matrices, buffers, strict=True)
+        )
+        x_e = x[rows[chosen]]
+        y_e = F.linear(F.silu(F.linear(x_e, w_gate)).mul_(F.linear(x_e, w_up)), w_down)
+        output.index_add_(0, rows[chosen], y_e.float().mul_(weights[chosen]))
+
+    return run
+
+
+def run_experts_gathered(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate: Matrices,
+    up: Matrices,
+    down: Matrices,
+) -> torch.Tensor:
+    """Experts without looking at the routing, so that it can be compiled or captured whole: a copy of every chosen
+    expert for every row, which a handful of rows can afford.
+    """
+    rows, choices = topk_ids.shape
+    x = x.repeat_interleave(choices, dim=0).unsqueeze(-1)  # (R K, H, 1)
+    ids = topk_ids.flatten()
+    hidden = F.silu(gate.gathered(ids, x.dtype) @ x) * (up.gathered(ids, x.dtype) @ x)  # (R K, I, 1)
+    output = (down.gathered(ids, x.dtype) @ hidden).float().view(rows, choices, -1)  # (R, K, H)
+    return (output * topk_weights.unsqueeze(-1)).sum(dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ long inputs in parts
+
+
+def by_rows(function: Callable, x: torch.Tensor, rows: int) -> torch.Tensor:
+    """function(x), of `rows` rows of x (..., H) at a time where nothing is recorded; it must map rows one by one."""
+    if x.numel() <= rows * x.shape[-1] or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(x)
+    output = x.new_empty(x.shape)
+    for part, to in zip(x.flatten(0, -2).split(rows), output.flatten(0, -2).split(rows), strict=True):
+        to.copy_(function(part))
+    return output
+
+
+def expanded_head_slices(
+    implementation: str,
+    dropout: float,
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    latent: torch.Tensor,
+    v_dim: int,
+    mask: torch.Tensor | None,
+) -> list[slice]:
+    """All h heads of q_nope (B, h, T, dn), as many at a time as have keys and values that fit WORKSPACE_BYTES when they
+    are expanded from latent (B, 1, S, c); at least one."""
+    nope_dim, key_dim = q_nope.shape[-1], q_nope.shape[-1] + q_pe.shape[-1]
+    fast = faster_expanded_attention(implementation, dropout, q_nope, q_pe, latent, v_dim, mask)
+    # Keys and padded values; PyTorch's own kernel for a CPU may pack both once more.
+    copies = 2 if latent.is_cuda or fast else 4
+    step = heads_at_once(latent, q_nope.shape[1], nope_dim + v_dim + copies * key_dim)
+    return [slice(start, start + step) for start in range(0, q_nope.shape[1], step)]
+
+
+def heads_at_once(latent: torch.Tensor, num_heads: int, values_per_token: int) -> int:
+    """How many of h heads fit WORKSPACE_BYTES with `values_per_token` for each of S tokens; at least one."""
+    batch, _, length, _ = latent.shape
+    per_head = batch * length * values_per_token * latent.element_size()
+    return max(1, min(num_heads, WORKSPACE_BYTES // max(per_head, 1)))
+
+
+def query_slices(q: torch.Tensor, num_total: int) -> list[slice]:
+    """All T new tokens of q (B, h, T, d), as many at a time as have scores against S tokens that fit WORKSPACE_BYTES."""
+    num_new = q.shape[2]
+    step = queries_at_once(q, num_total)
+    return [slice(start, start + step) for start in range(0, num_new, step)]
+
+
+def queries_at_once(q: torch.Tensor, num_total: int) -> int:
+    """How many new tokens of q (B, h, T, d) have scores (fp32 twice and once in q's dtype) that fit WORKSPACE_BYTES; at
+    least one."""
+    batch, heads, num_new, _ = q.shape
+    per_query = batch * heads * num_total * (8 + q.element_size())
+    return max(1, min(num_new, WORKSPACE_BYTES // max(per_query, 1)))
+
+
+def part_of_mask(mask: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """The rows of a mask (B or 1, 1, T or 1, S)."""
+    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]

@@ -1,0 +1,166 @@
+"""from_pretrained and save_pretrained, on both major versions of transformers.
+
+    KimiPretrainedMixin     before PreTrainedModel among the bases; asks only `self` and its modules
+      from_pretrained         checks keywords, `expert_cache=`; damaged files become one sentence
+      _load_pretrained_model  where both versions read weights: replaced by `kimi_checkpoint.load_checkpoint`
+      save_pretrained         published names and bytes, by `kimi_checkpoint.save_checkpoint`
+      num_parameters          logical weights
+
+state_dict() of stacked experts speaks the checkpoint's names. Hooks that move weights (accelerate's) ask by parameter
+name instead, so modules with an attribute `stacked_names` have it set while they are being attached.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .kimi_checkpoint import load_checkpoint, loading_result, save_checkpoint
+from .kimi_pool import requested
+
+logger = logging.get_logger(__name__)
+if TYPE_CHECKING:  # what comes after it among the bases
+    Base = PreTrainedModel
+else:
+    Base = object
+
+
+class KimiPretrainedMixin(Base):
+    """Reads and writes a model whose experts are stacked; see the top of this file."""
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Logical weights: an int4 expert counts its codes, not its words, scales and shapes."""
+        total = 0
+        for module in self.modules():
+            if (count := getattr(module, "num_weights", None)) is not None:  # stacked experts
+                trainable = not module.packed and any(p.requires_grad for p in module.parameters())
+                total += count() if trainable or not only_trainable else 0
+            elif not (exclude_embeddings and isinstance(module, nn.Embedding)):
+                parameters = module.parameters(recurse=False)
+                total += sum(p.numel() for p in parameters if p.requires_grad or not only_trainable)
+        return total
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        expert_cache: int | str | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        """PreTrainedModel.from_pretrained, which loads in the checkpoint's dtype (bf16) unless told otherwise.
+
+        `expert_cache`: bytes (or "20GB") of memory for routed experts, which otherwise stay in the checkpoint's files and
+        are read when a token needs them; "auto" takes what is free, and all of them if they fit. None: all are loaded.
+
+        Raises ValueError for weights that contradict the config or the model (missing, unknown, wrong shape or dtype),
+        OSError for missing or damaged files. Never returns a model with a tensor that was not read.
+        """
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config cannot be given: the experts are int4 in the checkpoint and stay so; leave it out."
+            )
+        dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
+        if dtype in (torch.float16, "float16"):
+            logger.warning(
+                "dtype=torch.float16: the scales of the int4 experts are bfloat16 and the model was trained in bfloat16;"
+                " float16 overflows above 65504. Prefer dtype=torch.bfloat16."
+            )
+        try:
+            with requested(expert_cache, kwargs.get("device_map")):
+                loaded = super().from_pretrained(pretrained_model_name_or_path, *args, dtype=dtype, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"a weight file of {pretrained_model_name_or_path} is damaged or truncated ({error}); download it again."
+            ) from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        set_stacked_names(model, False)
+        return loaded
+
+    @classmethod
+    def _load_pretrained_model(cls, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        """Where both majors read weights, replaced by `load_checkpoint`; arguments and result differ between them."""
+        set_stacked_names(model, True)
+        request, finish = loading_result(model, PreTrainedModel._load_pretrained_model, args, kwargs)
+        return finish(load_checkpoint(model, **request))
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "10GB",
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """PreTrainedModel.save_pretrained with the checkpoint's own names and bytes, one shard in memory at a time.
+
+        A `state_dict` is saved instead of the model's own tensors. Adapters (PEFT) are saved as transformers does.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return super().save_pretrained(
+                save_directory,
+                is_main_process,
+                state_dict,
+                push_to_hub=push_to_hub,
+                variant=variant,
+                **kwargs,
+            )
+        if not kwargs.pop("safe_serialization", True):
+            raise ValueError("safe_serialization=False would write pickle; only safetensors are written.")
+        with _no_progress_bar():  # of zero shards: the weights follow
+            super().save_pretrained(save_directory, is_main_process, state_dict={}, **kwargs)
+        if is_main_process:
+            save_checkpoint(self, save_directory, state_dict, max_shard_size, variant)
+        if push_to_hub:
+            _upload(save_directory, **kwargs)
+
+
+def set_stacked_names(model: nn.Module, stacked: bool) -> None:
+    for module in model.modules():
+        if hasattr(module, "stacked_names"):
+            module.stacked_names = stacked
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def _upload(
+    folder: str | os.PathLike,
+    repo_id: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    revision: str | None = None,
+    **unused: Any,
+) -> None:
+    """Uploads a saved folder to the hub, as PreTrainedModel.save_pretrained(push_to_hub=True) would."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    name = repo_id or os.path.basename(os.path.normpath(folder))
+    repo = api.create_repo(name, private=private, exist_ok=True).repo_id
+    message = commit_message or "Upload KimiK25ForConditionalGeneration"
+    api.upload_folder(
+        repo_id=repo,
+        folder_path=os.fspath(folder),
+        commit_message=message,
+        create_pr=create_pr,
+        revision=revision,
+    )

@@ -1,0 +1,1 @@
+"""Commands of this repository, run from its root: `python -m scripts.check FOLDER`."""
