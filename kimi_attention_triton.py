@@ -87,6 +87,7 @@ def latent_attention_triton(
     maxima, sums = scratch(batch, splits, heads * num_new), scratch(batch, splits, heads * num_new)
     # The interpreter adds bf16 as if they were integers; it gets fp32 here and in DTYPE.
     output = torch.empty(q_latent.shape, dtype=dtype, device=q_latent.device)
+    mask_strides: tuple[int, ...]
     if mask is None:
         mask_pointer, mask_strides = q_latent, (0, 0, 0)  # never read
     else:

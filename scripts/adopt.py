@@ -102,9 +102,9 @@ def merge_config(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]
         "media_placeholder_token_id",
     ):  # transformers' own defaults are others
         merged.setdefault(name, ours[name])
-    for part in ("text_config", "vision_config"):
-        if isinstance(merged.get(part), dict):
-            merged[part].pop("auto_map", None)  # names files of the published code
+    for name in ("text_config", "vision_config"):
+        if isinstance(merged.get(name), dict):
+            merged[name].pop("auto_map", None)  # names files of the published code
     for part in (merged, merged["text_config"]):
         if ours["eos_token_id"] not in as_list(part.get("eos_token_id")):
             part["eos_token_id"] = ours["eos_token_id"]

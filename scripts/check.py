@@ -153,8 +153,8 @@ def check_tensors(folder: Path, state: dict[str, Any]) -> str:
             free = name.endswith(("weight_shape", "weight_scale"))  # other exporters write int64 and fp16
             demand(free, f"{name} is {sources[name].dtype}, published as {published.target.dtype}")
     total = sum(source.end - source.begin for source in sources.values())
-    published = "; the published number of bytes" if total == PUBLISHED_BYTES else ""
-    return f"names, shapes and dtypes of {len(sources):,} tensors{published}"
+    whole = "; the published number of bytes" if total == PUBLISHED_BYTES else ""
+    return f"names, shapes and dtypes of {len(sources):,} tensors{whole}"
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
