@@ -47,7 +47,7 @@ from .tiny_checkpoint import ROOT, config_for_vocabulary, files_beside_weights, 
 BACKUP = "before_adopt"
 MANIFEST = "manifest.json"
 PART = ".part"  # a file that is being written
-SHOWN = 160  # characters of a value
+SHOWN_CHARACTERS = 160  # characters of a value
 LOAD = """\
 from transformers import AutoModelForCausalLM, AutoProcessor
 folder = {folder!r}
@@ -220,7 +220,7 @@ def kept_lines(merged: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 def shown(value: Any) -> str:
     text = repr(value) if value is NOTHING else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
