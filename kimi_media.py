@@ -1,14 +1,14 @@
-"""From whatever names a picture or a video to its bytes, and from bytes to a picture. Pillow and the standard library.
+"""Sources of images and videos to bytes, and bytes to images, with Pillow, numpy and the standard library.
 
-What may stand for an image or a video:
+A source of an image or a video is one of
 
     bytes, bytearray                    the encoded file
-    "data:image/png;base64,..."         a data URI; blanks in it are tolerated
+    "data:image/png;base64,..."         a data URI; whitespace in it is ignored
     "https://...", "http://..."         fetched under the rules below
     "file:///...", path, os.PathLike    a local file
     base64 text                         if no file has that name
-    {"url": any of these}               the shape of the OpenAI API
-    an object with `.media`             whatever it holds
+    {"url": any of these}               the form of the OpenAI API
+    an object with `.media`             which is the source
 
 and for an image also a PIL image, a numpy array (H, W, 3 | 1 | 4) or (H, W), or a torch tensor (3 | 1 | 4, H, W), of
 uint8.
@@ -16,14 +16,14 @@ uint8.
 Colour is `convert("RGB")` and nothing else, as the model was trained: alpha is dropped rather than blended, EXIF
 orientation is not applied, of an animation the first frame is read. Pillow's limit on decompression bombs stays on.
 
-Whoever writes a message chooses the address, so fetching has rules: only http and https, at most 20 s and
+The author of a message chooses the address, so fetching is restricted: only http and https, at most 20 s and
 MAX_DOWNLOAD_BYTES in all, at most five redirects, and every hop must lead to a public address. A host is looked up
 once, all its addresses are checked, and the connection goes to the address that was checked: a second lookup could
-answer differently (DNS rebinding). TLS still verifies the host's name. Hosts named in `allowed_hosts` may be private.
+give another one (DNS rebinding). TLS still verifies the host's name. Hosts named in `allowed_hosts` may be private.
 Proxies are not used, since a proxy would do its own lookup.
 
-Errors are one sentence. OSError: a file or an address cannot be read. ValueError: what was read is not what it should
-be.
+Errors are one sentence. OSError: a file or an address cannot be read. ValueError: the source, or what was read, is
+invalid.
 """
 
 import base64
@@ -53,7 +53,7 @@ MAX_DOWNLOAD_BYTES = 512 * 2**20
 MAX_REDIRECTS = 5
 READ_BYTES = 2**16
 URL_CHARACTERS = "/?%:@!$&'()*+,;=~[]"  # of a path and a query; others are percent-encoded
-# Shorter text is a file name with a typo rather than a file in base64: the smallest GIF takes 35 bytes.
+# Shorter text is taken for a file name with a typo, not for a file in base64: the smallest GIF has 35 bytes.
 MIN_BASE64_CHARACTERS = 40
 BASE64 = re.compile(r"[A-Za-z0-9+/_-]+={0,2}")
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 address, RFC 6052
@@ -61,7 +61,7 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")  # the last 32 bits are an IPv4 add
 
 @contextlib.contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Puts `where` in front of the message of a ValueError or OSError."""
+    """Prefixes the message of a ValueError or OSError with `where`."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -79,8 +79,8 @@ def describe(source: Any) -> str:
 
 
 def shortened(text: str) -> str:
-    """The beginning of a long path, address or data URI, and of the first two the end, where the name of the file is. The
-    query of an address may hold a signature."""
+    """The beginning of a long path, address or data URI, and of the first two the end, where the name of the file is.
+    Without the query of an address, which may contain a signature."""
     if len(text) <= 120:
         return text
     if text[:5].lower() == "data:":
@@ -91,7 +91,7 @@ def shortened(text: str) -> str:
 
 
 def drain(items: list[Any]) -> Iterator[Any]:
-    """The items, each forgotten when it is handed over, so that a decoded image is not kept until the end."""
+    """The items, each removed from the list before it is yielded, so that no decoded image is kept until the end."""
     items.reverse()
     while items:
         yield items.pop()
@@ -101,7 +101,7 @@ def drain(items: list[Any]) -> Iterator[Any]:
 
 
 def unwrap(source: Any) -> Any:
-    """The thing itself, without {"url": ...} and without a wrapper that keeps it under `.media`."""
+    """The source without {"url": ...} and without an object that has it as `.media`."""
     if isinstance(source, Mapping):
         if source.get("url") is None:
             raise ValueError(f"expected a dict with 'url', found the keys {list(source)}")
@@ -116,7 +116,7 @@ def read_source(source: Any, kind: str, allowed_hosts: Collection[str] = ()) -> 
     if isinstance(source, os.PathLike):
         return existing_file(Path(source))
     if not isinstance(source, str):
-        raise ValueError(f"a {type(source).__name__} is no {kind}")
+        raise ValueError(f"a {type(source).__name__} is not a valid {kind} source")
     scheme = source[: source.find(":")].strip().lower() if ":" in source[:16] else ""
     if scheme == "data":
         return decode_data_uri(source, kind)
@@ -139,7 +139,7 @@ def existing_file(path: Path) -> Path:
 
 
 def decode_data_uri(uri: str, kind: str) -> bytes:
-    """The bytes behind `data:TYPE;base64,`. TYPE must be of the kind asked for, unspecific or absent."""
+    """The bytes in `data:TYPE;base64,...`. TYPE must be of this kind, application/octet-stream or absent."""
     header, comma, body = uri.partition(",")
     media_type, *parameters = header.strip()[len("data:") :].split(";")
     media_type = media_type.strip().lower()
@@ -151,7 +151,7 @@ def decode_data_uri(uri: str, kind: str) -> bytes:
 
 
 def decode_base64(text: str) -> bytes:
-    """Standard or URL-safe base64; blanks and missing padding are tolerated, anything else is not."""
+    """Decodes standard or URL-safe base64; whitespace and missing padding are accepted, other errors are not."""
     compact = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
@@ -163,7 +163,7 @@ def decode_base64(text: str) -> bytes:
 
 
 class PinnedConnection(http.client.HTTPConnection):
-    """HTTP or HTTPS to `host`, but over an address that was looked up and checked before."""
+    """HTTP or HTTPS to `host`, connected to an address that was looked up and checked before."""
 
     sock: Any
 
@@ -174,7 +174,7 @@ class PinnedConnection(http.client.HTTPConnection):
         self.default_port = 443 if self.tls else 80  # left out of the Host header
 
     def connect(self) -> None:
-        """Opens the socket; `handshake` comes after, when the deadline is watched."""
+        """Opens the socket; `handshake` follows, under the deadline."""
         self.sock = socket.create_connection((self.address, self.port), self.timeout)
         if self.tls:
             self.sock = self.tls.wrap_socket(
@@ -187,9 +187,9 @@ class PinnedConnection(http.client.HTTPConnection):
 
 
 def fetch(url: str, allowed_hosts: Collection[str] = (), max_bytes: int = MAX_DOWNLOAD_BYTES) -> bytes:
-    """The body behind an http(s) URL, under the rules of the module.
+    """The body of an http(s) URL, fetched under the rules in the module docstring.
 
-    `allowed_hosts`: host names or addresses, as they stand in the URL, that may be loopback or private.
+    `allowed_hosts`: host names or addresses, as written in the URL, that may be loopback or private.
     """
     deadline = time.monotonic() + FETCH_TIMEOUT_S
     address = url
@@ -209,7 +209,7 @@ def fetch(url: str, allowed_hosts: Collection[str] = (), max_bytes: int = MAX_DO
 def request(
     url: str, allowed_hosts: Collection[str], max_bytes: int, deadline: float
 ) -> tuple[bytes, str | None]:
-    """One hop: the body and None, or nothing and where to go next."""
+    """One hop: the body and None, or no bytes and the next address."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{describe(url)} is refused: only http and https addresses are fetched")
@@ -233,14 +233,14 @@ def request(
 
 
 def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    """The whole body. A length that the server announces is believed only to refuse it before reading."""
+    """The whole body. The length that the server announces is used only to reject a body before it is read."""
     announced = response.length or 0
     chunks, size = [], 0
     while announced <= max_bytes and size <= max_bytes and (chunk := response.read1(READ_BYTES)):
         chunks.append(chunk)
         size += len(chunk)
     if max(size, announced) > max_bytes:
-        raise OSError(f"it has {max(size, announced)} bytes or more, and the limit is {max_bytes}")
+        raise OSError(f"the body has {max(size, announced)} bytes or more, and the limit is {max_bytes}")
     if size < announced:
         raise OSError(f"the connection broke after {size} of {announced} bytes")
     return b"".join(chunks)
@@ -248,8 +248,8 @@ def read_body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
 
 @contextlib.contextmanager
 def cut_off(connected: socket.socket, deadline: float) -> Iterator[None]:
-    """Shuts the socket at the deadline. Its own timeout counts from each byte to the next, so a server that sends one
-    byte now and then could keep the caller for hours."""
+    """Shuts the socket down at the deadline. The socket's own timeout starts again with each byte, so a server that sends
+    single bytes could hold the caller for hours."""
 
     def shut() -> None:
         with contextlib.suppress(OSError):
@@ -260,7 +260,7 @@ def cut_off(connected: socket.socket, deadline: float) -> Iterator[None]:
     timer.start()
     try:
         yield
-        seconds_left(deadline)  # a body without length that was cut looks complete
+        seconds_left(deadline)  # raises: a body without a length looks complete when it was cut off
     finally:
         timer.cancel()
 
@@ -273,8 +273,8 @@ def seconds_left(deadline: float) -> float:
 
 
 def checked_address(host: str, port: int, allowed_hosts: Collection[str]) -> str:
-    """An address of `host`, after all its addresses have been found public, or the host allowed by name."""
-    if isinstance(allowed_hosts, str):  # in which `in` would look for a part of it
+    """An address of `host`, once all its addresses are found to be public or the host is allowed by name."""
+    if isinstance(allowed_hosts, str):  # `in` would find substrings of it
         allowed_hosts = [allowed_hosts]
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]) for entry in found]
@@ -288,8 +288,8 @@ def checked_address(host: str, port: int, allowed_hosts: Collection[str]) -> str
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address, and the IPv4 address that an IPv6 one may carry inside, is one of the open internet."""
-    ip = ipaddress.ip_address(address.partition("%")[0])  # a link-local one may name its interface
+    """Whether an IP address, or the IPv4 address inside an IPv6 one, is public."""
+    ip = ipaddress.ip_address(address.partition("%")[0])  # behind % a link-local address names its interface
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour
         if ip in NAT64:
@@ -318,18 +318,18 @@ def open_image(source: Any, allowed_hosts: Collection[str] = ()) -> Image.Image:
 
 def open_encoded(data: bytes | Path, name: str) -> Image.Image:
     try:
-        # A path would keep its file open until the pixels are read, and a call may have more images than files may be
-        # open.
+        # Not from the path, which would keep its file open until the pixels are read: a call may have more images than
+        # the system allows open files.
         image = Image.open(io.BytesIO(data if isinstance(data, bytes) else data.read_bytes()))
-        # A phone's MPO is a still picture with another one behind it.
+        # An MPO file, as phones write it, is a still image with a second one after it.
         num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not an image that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} is refused: {error}") from None
-    except (SyntaxError, EOFError, ValueError) as error:  # the first is Pillow's word for a broken header
+    except (SyntaxError, EOFError, ValueError) as error:  # Pillow raises SyntaxError for a broken header
         raise ValueError(f"{name} is a broken image: {error}") from None
-    limit = Image.MAX_IMAGE_PIXELS  # Pillow itself only warns until twice that
+    limit = Image.MAX_IMAGE_PIXELS  # up to twice that many, Pillow itself only warns
     if limit is not None and image.width * image.height > limit:
         raise ValueError(
             f"{name} is refused: {image.width} x {image.height} pixels exceed Pillow's limit of {limit} against "
@@ -379,7 +379,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """The decoded image in mode RGB; the same object if it is in that mode already."""
     try:
         image.load()
-        # Pillow has no way from alpha-premultiplied colours to RGB but over the plain ones.
+        # Pillow converts premultiplied alpha to RGB only by way of the plain mode.
         plain = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
         image = image.convert(plain) if plain else image
         return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,15 +1,15 @@
-"""Conversations as people write them, turned into conversations the chat template renders as they are.
+"""Conversations in the forms that clients use, normalised to the one form that the chat template renders.
 
-OpenAI clients, agent frameworks and datasets spell the same thing in many ways: reasoning has three names, content is a
-text or a list of parts, tool calls come with foreign ids or none, results with or without the id they answer. Here all
-spellings become one, and what cannot be meant is refused with the index of the message, the index of the part and the
+OpenAI clients, agent frameworks and datasets write the same message in different ways: reasoning has three names,
+content is a text or a list of parts, tool calls have foreign ids or none, results may lack the id of their call. Here
+all become one form, and invalid messages are rejected with the index of the message, the index of the part and the
 field. Given messages are never changed.
 
 The model reads the name of a function, and learns which number comes next, from ids of the form `functions.NAME:N`,
 where N counts the calls of the whole conversation. So missing ids are made in that form, and `normalize_tool_ids`
 renames foreign ones.
 
-Text in, text out: this file knows no tokenizer and no tensor.
+This file works on text alone: it uses no tokenizer and no tensor.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -40,7 +40,7 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def normalize_messages(messages: Iterable[Any], unique_ids: bool = True) -> list[dict[str, Any]]:
-    """New messages that the template renders as they are; the given ones stay untouched.
+    """New messages in the form that the template renders; the given ones are not changed.
 
     role: required. name: replaces the role in the header. content: a text, a list of parts, or nothing. A part is a
     string, {"text": ...}, or a dict whose type is text, image, image_url, video or video_url. Reasoning of an
@@ -81,13 +81,13 @@ def normalize_messages(messages: Iterable[Any], unique_ids: bool = True) -> list
             for position, call in enumerate(calls):
                 here = f"{where}.tool_calls[{position}]"
                 if unique_ids and call["id"] in used:
-                    raise ValueError(f"{here}.id {call['id']!r} is the id of {used[call['id']]} already")
+                    raise ValueError(f"{here}.id {call['id']!r} is already the id of {used[call['id']]}")
                 used[call["id"]] = here
             open_ids = [call["id"] for call in calls]
         elif message["role"] == "tool":
             answered = answered_call(message.get("tool_call_id"), open_ids, where)
             if answered not in used:
-                raise ValueError(f"{where}.tool_call_id {answered!r} is the id of no tool call before it")
+                raise ValueError(f"{where}.tool_call_id {answered!r} is not the id of an earlier tool call")
             open_ids = [call_id for call_id in open_ids if call_id != answered]
             message["tool_call_id"] = answered
         normalized.append(message)
@@ -108,7 +108,7 @@ def normalize_content(content: Any, field: str) -> str | list[dict[str, Any]]:
         if kind == "text":
             expect(part.get("text"), str, f"{field}[{index}].text")
         if kind == "text" and parts and parts[-1]["type"] == "text":
-            parts[-1]["text"] += part["text"]  # neighbours become one, so that no marker hides in the seam
+            parts[-1]["text"] += part["text"]  # joined, so that no marker is split between two parts
         else:
             parts.append({**part, "type": kind})
     return parts
@@ -146,8 +146,8 @@ def answered_call(call_id: Any, open_ids: list[str], where: str) -> str:
 
 
 def normalize_tool_ids(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Normalised messages in which every call, and each result that answers it, has the id the model would have given:
-    functions.NAME:N. For histories that come from elsewhere; the model copies the shape of the ids it sees."""
+    """Normalised messages in which every call, and each result that answers it, has an id as the model makes them:
+    functions.NAME:N. For histories of other models; the model copies the form of the ids it reads."""
     normalized = normalize_messages(messages, unique_ids=False)
     new_ids: dict[str, str] = {}
     num_calls = 0
@@ -162,13 +162,12 @@ def normalize_tool_ids(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, 
 
 
 def refuse_to_stop_thinking(options: Mapping[str, Any]) -> None:
-    """The model was trained to think in every turn; a prompt that says otherwise leaves what it has seen."""
+    """Rejects options that turn thinking off: the model was trained to think in every turn, and on no other prompts."""
     off = {"none", "off", "disabled"}
     for name in ("thinking", "preserve_thinking", "enable_thinking", "reasoning_effort"):
         value = options.get(name)
-        asked = (
-            value.get("type") if isinstance(value, Mapping) else value
-        )  # {"type": "disabled"} of the web API
+        # The web API has {"type": "disabled"}.
+        asked = value.get("type") if isinstance(value, Mapping) else value
         if value is not None and (not value or (isinstance(asked, str) and asked.lower() in off)):
             raise ValueError(
                 f"{name}={value!r} is not available: Kimi K2.7 Code always thinks and keeps the reasoning of earlier "
@@ -177,7 +176,7 @@ def refuse_to_stop_thinking(options: Mapping[str, Any]) -> None:
 
 
 def field_to_continue(field: bool | str) -> bool | str:
-    """What `continue_final_message` is called after normalisation, for the transformers at hand."""
+    """The value of `continue_final_message` for the installed transformers, once messages are normalised."""
     if not isinstance(field, str) or field == "content":
         return bool(field)
     if field not in REASONING_FIELDS:

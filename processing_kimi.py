@@ -1,4 +1,4 @@
-"""Conversations with pictures to model inputs: the tokenizer and the image processor behind one call.
+"""Conversations with images and videos to model inputs: the tokenizer and the image processor in one call.
 
     messages, tools
       tokenizer     template -> text, with one <|media_pad|> per image and <|kimi_k25_video_placeholder|> per video
@@ -15,13 +15,13 @@ Three ways to call, which differ in who expands the placeholders:
     processor(text=..., medias=[...])       as serving engines call: tokenised exactly as given, never expanded
     expand_media=True or False              overrides each
 
-The model takes expanded placeholders only. Media count in the order of the document, in whatever role: a tool result
-may carry a screenshot. In a conversation only what the template wrote is a placeholder: a user who types
-<|media_pad|>, a turn or the name of the video placeholder gets those characters as text. With `text=` the caller
-wrote the prompt and every marker in it counts.
+The model takes expanded placeholders only. Media are numbered in document order, in messages of any role: a tool
+result may contain a screenshot. In a conversation only the template writes placeholders: if a user types
+<|media_pad|>, a turn marker or the name of the video placeholder, it stays text. With `text=` the caller wrote the
+prompt, and every marker in it is a marker.
 
-Either the whole call succeeds or it raises, before any tensor exists: ValueError for media or placeholders that are
-wrong, OSError for what cannot be read, each with the place of the culprit.
+A call that fails raises before any tensor exists: ValueError for wrong media or placeholders, OSError for files and
+addresses that cannot be read. The message names the item.
 """
 
 import re
@@ -116,15 +116,15 @@ class KimiK25Processor(ProcessorMixin):
             messages: a conversation or a list of them; further keywords as `apply_chat_template` takes them.
             medias: items {"type": "image", "image": ...}, {"type": "video", "video": ..., "fps": ...} or
                 {"type": "video_chunk", "video_chunk": [frames]}, of all rows one after the other.
-            text: a prompt or a list of prompts. Where medias are given, images and videos are not looked at: an engine
-                may hand over the same pictures twice.
-            images, videos: one, a list, or a list for each prompt. What they may be is told in kimi_media.py; a list
-                of frames is one video. The i-th placeholder of a kind belongs to the i-th of them.
+            text: a prompt or a list of prompts. With medias, images and videos are ignored, since an engine may pass the
+                same media twice.
+            images, videos: one, a list, or a list for each prompt, of any source that kimi_media.py names; a list of
+                frames is one video. The i-th placeholder of a kind belongs to the i-th of them.
             return_tensors: "pt", "np", or None for lists of ids.
-            expand_media: see the module.
+            expand_media: see the module docstring.
             allowed_hosts: hosts of loopback or private addresses from which media may be fetched.
-            kwargs: padding (by default where rows have to be stacked), truncation, max_length, padding_side,
-                pad_to_multiple_of. Others, which engines send to every processor, have no effect.
+            kwargs: padding (by default if several rows become one tensor), truncation, max_length, padding_side,
+                pad_to_multiple_of. Others, which engines pass to every processor, have no effect.
 
         Returns:
             input_ids and attention_mask (B, T); with media pixel_values (P, 3, 14, 14) and grid_thws (N, 3).
@@ -132,7 +132,7 @@ class KimiK25Processor(ProcessorMixin):
         if messages is not None:
             if medias is not None or text is not None or images is not None or videos is not None:
                 raise ValueError(
-                    "give messages alone: their media are in them, and their text is made from them"
+                    "give messages alone: they contain the media, and the text is rendered from them"
                 )
             return self.apply_chat_template(
                 messages,
@@ -191,19 +191,18 @@ class KimiK25Processor(ProcessorMixin):
         Args:
             conversation: messages as `normalize_messages` takes them, a list of such conversations, or what `prepare_chat`
                 returned, which holds its tools.
-            tokenize: whether to make ids; by default if `return_dict` or `return_tensors` asks for them. Without, the
-                result is text with one placeholder per medium, and no medium is read.
-            return_dict: all inputs of the model; without, only the ids.
+            tokenize: whether to return ids; by default if `return_dict` or `return_tensors` asks for them. False returns
+                text with one placeholder per medium, and reads no medium.
+            return_dict: True returns all inputs of the model, False only the ids.
             return_tensors: "auto" is "pt". Others as in `__call__`, and so are the keywords for padding and truncation.
-            expand_media: whether the placeholders take as many tokens as their media; True unless given.
+            expand_media: whether each placeholder is repeated for every token of its medium; by default True.
             processor_kwargs: keywords of `__call__`, as transformers 5 groups them.
-            trusted_text: what stands in messages, tools and options is never a control token or a placeholder, unless
-                this is True.
+            trusted_text: only if True may text in messages, tools and options become control tokens or placeholders.
             kwargs: variables of the template.
         """
         tokenize = return_dict or return_tensors not in ("auto", None) if tokenize is None else tokenize
         if kwargs.pop("return_assistant_tokens_mask", False):
-            raise ValueError("return_assistant_tokens_mask is not available: the tokenizer knows no offsets")
+            raise ValueError("return_assistant_tokens_mask is not available: the tokenizer has no offsets")
         options = {
             "chat_template": self._template(chat_template),
             "add_generation_prompt": add_generation_prompt,
@@ -260,7 +259,7 @@ class KimiK25Processor(ProcessorMixin):
         return PreparedChat(chats, tools, *self.preprocess_medias(medias, allowed_hosts))
 
     def _template(self, chat_template: str | None) -> str | None:
-        """The template to render with: a text or the name of one. None leaves it to the tokenizer."""
+        """The template to render with, from a template or its name. None: the tokenizer chooses."""
         if isinstance(self.chat_template, Mapping):
             return self.chat_template.get(chat_template or "default", chat_template)
         return chat_template or self.chat_template
@@ -314,8 +313,8 @@ class KimiK25Processor(ProcessorMixin):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Items for the image processor, and the text of each video.
 
-        Images are opened, not decoded, so that each is read once; a video becomes its chunks, whose frames are decoded
-        when they are read. The given dicts stay as they are.
+        Images are opened but not decoded; a video becomes chunks, whose frames are decoded when they are read. The given
+        dicts are not changed.
         """
         items: list[dict[str, Any]] = []
         video_prompts: list[str] = []
@@ -363,7 +362,7 @@ class KimiK25Processor(ProcessorMixin):
 
     def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """For processor_config.json, without the image processor's settings: transformers 5 would nest them here and
-        then no longer look at preprocessor_config.json."""
+        then no longer read preprocessor_config.json."""
         output = super().to_dict(*args, **kwargs)
         output.pop("image_processor", None)
         return output
@@ -392,7 +391,7 @@ def prepare_conversations(
 
 
 def without_media(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as the template needs it, spared of megabytes of base64."""
+    """The message for the template, without its media, which may be megabytes of base64."""
     content = message["content"]
     if isinstance(content, list):
         content = [part if part["type"] == "text" else {"type": part["type"]} for part in content]
@@ -429,20 +428,19 @@ def as_list(images: Any) -> list[Any]:
 
 
 def check_rows(texts: list[str], images: Any) -> None:
-    """Where images come as a list per prompt: as many lists as prompts, and none with another prompt's image."""
+    """Checks images given as a list per prompt: as many lists as prompts, and in each list that prompt's images."""
     if not isinstance(images, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in images):
         return
     if images and len(images) != len(texts):
         raise ValueError(f"found {len(texts)} prompts but {len(images)} lists of images")
     found, given = [text.count(MEDIA_PAD) for text in texts], [len(row) for row in images]
-    if found != given and sum(found) == sum(
-        given
-    ):  # other sums: expanded already, or refused when tokens are counted
+    # Other sums: the text is expanded already, or is rejected when tokens are counted.
+    if found != given and sum(found) == sum(given):
         raise ValueError(f"the prompts have {found} {MEDIA_PAD} but the lists of images have {given} entries")
 
 
 def as_videos(videos: Any) -> list[Any]:
-    """The same of videos, where a list of frames is one video."""
+    """One video, a list, or a list per prompt, as one list. A list of frames is one video."""
     if videos is None:
         return []
     if not isinstance(videos, (list, tuple)) or (videos and all(is_frame(frame) for frame in videos)):
@@ -466,7 +464,7 @@ def media_in_order(texts: list[str], images: list[Any], videos: list[Any]) -> li
     }
     places = re.findall(f"{re.escape(MEDIA_PAD)}|{re.escape(VIDEO_PLACEHOLDER)}", "".join(texts))
     if not videos and VIDEO_PLACEHOLDER not in places:
-        return named[MEDIA_PAD]  # the text may be expanded already; that is counted in tokens, later
+        return named[MEDIA_PAD]  # the text may be expanded already; `fit_placeholders` counts its tokens
     for placeholder, items in named.items():
         if places.count(placeholder) != len(items):
             kind = "images" if placeholder == MEDIA_PAD else "videos"
@@ -478,8 +476,8 @@ def media_in_order(texts: list[str], images: list[Any], videos: list[Any]) -> li
 
 
 def fit_placeholders(rows: list[list[int]], pad_id: int, counts: list[int], expand: bool) -> list[list[int]]:
-    """The rows, with the i-th placeholder of all rows repeated counts[i] times if `expand` asks for it and they are not
-    expanded yet. Raises ValueError if there are neither as many placeholders as items nor as tokens."""
+    """The rows, with the i-th placeholder of all rows repeated counts[i] times if `expand` is set and they are not
+    expanded yet. Raises ValueError unless there is one placeholder per item or one per token."""
     found = sum(row.count(pad_id) for row in rows)
     if found not in (len(counts), sum(counts)):
         raise ValueError(
@@ -496,7 +494,7 @@ def fit_placeholders(rows: list[list[int]], pad_id: int, counts: list[int], expa
 
 
 def truncate(row: list[int], max_length: int, side: str, pad_id: int) -> list[int]:
-    """The first, or with side "left" the last, `max_length` ids; refuses to cut off a placeholder."""
+    """The first, or with side "left" the last, `max_length` ids. Raises ValueError rather than cut off a placeholder."""
     if len(row) <= max_length:
         return row
     kept = row[-max_length:] if side == "left" else row[:max_length]

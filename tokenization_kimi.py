@@ -11,15 +11,15 @@ of the file (163,584 in the published one) come 256 reserved ids, base ... base 
     3, 4    <|im_user|>, <|im_assistant|>      22, 23  <think>, </think>  (kept by skip_special_tokens)
     10      <|im_system|>              254     [UNK], 255 [PAD]; all others <|reserved_token_{id}|>
 
-Encoding finds the reserved names first and runs BPE on each plain stretch between them, straight to ids. A stretch is
-cut in slices when it is very long (see `split_long_text`), which never touches a marker because markers are already
-out. Text that must not be able to open a turn is encoded with `split_special_tokens=True`: no name is recognised then.
+Encoding finds the reserved names ("markers") first and runs BPE on the plain text between them, straight to ids. Very
+long plain text is cut into slices (see `split_long_text`), never inside a marker, since markers are found before. Text
+that must not be able to open a turn is encoded with `split_special_tokens=True`, which recognises no marker.
 
 Decoding joins the bytes of the tokens and reads them as UTF-8. A token may end inside a character, so a stream is
 decoded from its accumulated ids (or from `tokenizer.model.decode_single_token_bytes` and an incremental decoder), not
 id by id.
 
-Batches are padded on the left, as `generate` wants: the prompt has to end where the answer begins.
+Batches are padded on the left, as `generate` needs: the prompt has to end where the answer begins.
 """
 
 import base64
@@ -71,9 +71,9 @@ NAMED_TOKENS = {
 KEPT_MARKERS = {11, 12, 13, 14, 15, 22, 23}
 ROLES = {"bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
 
-# Pieces that BPE never merges across, tried in this order: Han runs; words, which may take one leading sign (mostly a
-# space) and an English contraction; up to three digits; punctuation with its newlines; blanks, of which the last one
-# stays for the next word. `&&` intersects character classes, in the syntax of the Rust engine inside tiktoken.
+# Pieces that BPE never merges across, tried in this order: Han runs; words, with at most one leading sign (mostly a
+# space) and an English contraction; up to three digits; punctuation with its newlines; whitespace, whose last character
+# is left for the next word. `&&` intersects character classes, in the syntax of the Rust engine inside tiktoken.
 PATTERN = "|".join(
     [
         r"[\p{Han}]+",
@@ -86,9 +86,9 @@ PATTERN = "|".join(
         r"\s+",
     ]
 )
-MAX_BLOCK = 400_000  # characters encoded in one go
+MAX_BLOCK = 400_000  # characters encoded in one call
 SHORT_TEXT = 4_000  # characters
-MAX_RUN = 25_000  # characters in a row that are all blank, or all not blank
+MAX_RUN = 25_000  # characters in a row that are all whitespace, or all not
 RUN = re.compile(r"\s+|\S+")  # \s is str.isspace() for every character
 
 # Each byte as one printable character, so that a token is a string: printable Latin-1 stands for itself, the other 68
@@ -99,18 +99,18 @@ BYTE_CHARACTERS = "".join(chr(byte if byte in _printable else next(_others)) for
 
 UNKNOWN_ID = "{!r} is not a token id: the vocabulary has {} tokens, counted from 0"
 
-# Wrap what a user wrote that looks like a marker. Unicode keeps these two for internal use; one that stands in the
-# user's text is wrapped itself, so nothing a user types can be taken for a wrapper.
+# Written around each marker name in a user's text. Unicode reserves these two for internal use; in a user's text they
+# are wrapped themselves, so nothing that a user types can be taken for a wrapper.
 USER_START, USER_END = "\ufdd0", "\ufdd1"
 WORD_JOINER = "\u2060"
 
 
 class MissingVocabularyError(FileNotFoundError):
-    """`tiktoken.model` is not there."""
+    """`tiktoken.model` is missing."""
 
 
 class VocabularyError(ValueError):
-    """`tiktoken.model` is not what it should be, or `tokenizer_config.json` contradicts it."""
+    """`tiktoken.model` is invalid, or `tokenizer_config.json` contradicts it."""
 
 
 def read_ranks(vocab_file: str) -> dict[bytes, int]:
@@ -120,7 +120,7 @@ def read_ranks(vocab_file: str) -> dict[bytes, int]:
         target = path.parent if path.parent.is_dir() else "."
         raise MissingVocabularyError(
             f"{VOCAB_FILE} is missing: looked for {vocab_file!r}. The file holds the vocabulary and comes with the "
-            f"published weights. This brings it:\n"
+            f"published weights. Download it with\n"
             f"    hf download moonshotai/Kimi-K2.7-Code {VOCAB_FILE} --local-dir {target}"
         )
     data = path.read_bytes()
@@ -159,11 +159,11 @@ def read_ranks(vocab_file: str) -> dict[bytes, int]:
 
 
 def split_long_text(text: str) -> Iterator[str]:
-    """Slices of a plain stretch that the BPE engine can take, cut where the published tokenizer cuts.
+    """Slices of plain text that the BPE engine can take, cut where the published tokenizer cuts.
 
-    The pattern looks ahead, so it runs in a backtracking engine whose stack a million blanks in a row overflow. Hence
-    blocks of 400,000 characters, and inside a block a cut after each 25,000 characters of one run, where a run is a
-    stretch of only blanks or only non-blanks. Ids differ from those of uncut text only at these cuts.
+    The pattern has a lookahead, so it runs in a backtracking engine, whose stack overflows on a million spaces. Hence
+    blocks of 400,000 characters, and inside a block a cut after each 25,000 characters of one run, where a run is all
+    whitespace or has none. Ids differ from those of uncut text only at these cuts.
     """
     for start in range(0, len(text), MAX_BLOCK):
         block = text[start : start + MAX_BLOCK]
@@ -176,8 +176,8 @@ def split_long_text(text: str) -> Iterator[str]:
 
 
 def may_have_long_run(text: str) -> bool:
-    """False only if no run is longer than MAX_RUN. Such a run spans two neighbours of a grid half as wide, so looking
-    from the grid points alone is enough, and costs next to nothing in ordinary text."""
+    """False only if no run is longer than MAX_RUN. Such a run covers a whole step between points that are half of MAX_RUN
+    apart, so it is enough to look at the runs from these points, which takes little time in ordinary text."""
     step = MAX_RUN // 2
     runs = (next(RUN.finditer(text, position)) for position in range(0, len(text) - step, step))
     return any(run.end() - run.start() >= step for run in runs)
@@ -303,8 +303,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         """transformers calls this whenever tokens were added: the one place to refresh what is derived from them."""
         super()._update_total_vocab_size()
         added = self._added_tokens_encoder
-        # A user may register a token that has a rank. Its name stands for itself only if the bytes say so: the string
-        # "Ġthe" is the token " the", and its text must not be mistaken for it.
+        # A user may register a token that has a rank. Its name is a marker only if its bytes are the name: "Ġthe" is the
+        # string of the token " the", and the text "Ġthe" must not be encoded as that token.
         self._marker_ids = {**self.special_tokens}
         self._marker_ids.update((n, i) for n, i in added.items() if self._bytes_of_id(i) == n.encode())
         self._marker_pattern = re.compile(alternation(self._marker_ids))
@@ -332,7 +332,8 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return [self._convert_id_to_token(i) for i in ids if i not in skipped]
 
     def _skipped_ids(self) -> set[int]:
-        """Ids flagged special. Asked for each time, since users add special tokens; unnamed reserved ids stay."""
+        """Ids flagged special. Computed for each call, since users add special tokens; reserved ids without a name of
+        their own are not among them."""
         flagged = {i for i, token in self._added_tokens_decoder.items() if token.special}
         return flagged.union(self.all_special_ids)
 
@@ -363,7 +364,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         ids: list[int] = []
         for part in self._split_at_markers(text):
             # tiktoken can find the reserved names too. It is faster at that, but takes longer to list them than to
-            # encode a short text, and knows neither the tokens of a user nor the limits of `split_long_text`.
+            # encode a short text, and has neither the tokens that a user added nor the limits of `split_long_text`.
             at_once = SHORT_TEXT < len(part) <= MAX_BLOCK and len(self._marker_ids) == NUM_RESERVED
             if at_once and not may_have_long_run(part):
                 ids += self.model.encode(part, allowed_special="all")
@@ -394,7 +395,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return ids
 
     def _find_markers(self, text: str) -> Iterator[tuple[int, int, int]]:
-        """(start, end, id) of each marker, in order. Tokens that a user added may also eat the blanks around them."""
+        """(start, end, id) of each marker, in order. Tokens that a user added may include the whitespace around them."""
         position = 0
         for match in self._marker_pattern.finditer(text):
             name = match.group()
@@ -411,7 +412,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             position = end
 
     def _encode_plain(self, text: str) -> list[int]:
-        """BPE alone: no name is recognised, so no id is a reserved one."""
+        """BPE alone: no marker is recognised, so no id is a reserved one."""
         if len(text) <= MAX_RUN:
             return self.model.encode_ordinary(text)
         ids: list[int] = []
@@ -420,7 +421,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return ids
 
     def _encode_marked(self, text: str) -> list[int]:
-        """A rendered chat in which `mark_user_text` wrapped what users wrote: that is encoded as plain text."""
+        """Ids of a rendered chat; markers that `mark_user_text` wrapped are encoded as plain text."""
         pieces = re.split(f"{USER_START}({self._wrapped_names()}){USER_END}", text)
         encoders = (self._encode_text, self._encode_plain)  # odd pieces are what the group matched
         return [i for n, piece in enumerate(pieces) for i in encoders[n % 2](piece)]
@@ -429,31 +430,33 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return f"{self._marker_pattern.pattern}|[{USER_START}{USER_END}]"
 
     def mark_user_text(self, value: Any, names: Iterable[str] = ()) -> Any:
-        """A copy of messages or options in which each marker name inside a string is wrapped, in dict keys too, which
-        a template may write out as JSON. `names`: of what is to be wrapped besides the markers."""
+        """A copy of messages or options in which each marker name in a string is wrapped, in dict keys too, since a
+        template may write them as JSON. `names`: further strings to wrap.
+
+        This is what keeps a user's text from becoming control tokens; `_encode_marked` is its other half.
+        """
         wrap = re.compile("|".join([*map(re.escape, names), self._wrapped_names()])).sub
         return map_strings(value, lambda text: wrap(rf"{USER_START}\g<0>{USER_END}", text))
 
     def sanitize_messages(self, messages: Iterable[Any]) -> list[dict[str, Any]]:
-        """Normalised messages in which no marker can be found any more, for engines that render to a string and encode
-        that. See `sanitize_text` for what changes. Not needed for `apply_chat_template(tokenize=True)`, which changes
-        nothing of the text.
+        """Normalised messages without any marker name, for engines that render to a string and encode that. See
+        `sanitize_text` for what changes. Not needed for `apply_chat_template(tokenize=True)`, which keeps the text.
         """
         return self.sanitize_text(normalize_messages(messages))
 
     def sanitize_text(self, value: Any) -> Any:
-        """A copy of a string, or of tools and other nested data, in which U+2060, the invisible word joiner, stands
-        behind the first character of each marker name. A reader sees the same text, the model one odd character.
+        """A copy of a string, or of tools and other nested data, in which U+2060, the invisible word joiner, follows the
+        first character of each marker name. A reader sees the same text, the model one more character.
         """
         split = self._marker_pattern.sub
         return map_strings(value, lambda text: split(lambda m: f"{m[0][0]}{WORD_JOINER}{m[0][1:]}", text))
 
     def _ids_of_input(self, text: Any, options: Mapping[str, Any]) -> Any:
-        """A text, or a list of words, as ids; anything else as it is. transformers takes lists of ids as encoded
-        already, which spares the way through token strings. It does not take an empty list, hence the empty text."""
+        """A text, or a list of words, as ids; anything else unchanged. transformers takes a list of ids as encoded
+        already, which avoids token strings. It does not take an empty list, hence the empty text."""
         split = options.get("split_special_tokens")
         if isinstance(text, str):
-            if options.get("sanitize_control_tokens"):  # 5.x has marked the text itself and reads it itself
+            if options.get("sanitize_control_tokens"):  # 5.x has marked the text itself and encodes it itself
                 return text
             return (
                 self._encode_marked(text) if options.get("marked") else self._encode_text(text, split)
@@ -463,14 +466,14 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return text
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """One input on both majors; on 5.x also a batch, whose items come back here one by one."""
+        """One input on both major versions; on 5.x also a batch, whose items are passed here one by one."""
         if not kwargs.pop("allow_special_tokens", True):
             kwargs["split_special_tokens"] = True
         first, second = (self._ids_of_input(given, kwargs) for given in (text, text_pair))
         return super()._encode_plus(first, second, *args, **kwargs)
 
     def _batch_encode_plus(self, batch_text_or_text_pairs: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
-        """A batch on 4.57, which expects a pair as soon as an item is a list."""
+        """A batch on 4.57, which takes every item that is a list for a pair."""
         if not kwargs.pop("allow_special_tokens", True):
             kwargs["split_special_tokens"] = True
         words = kwargs.get("is_split_into_words")
@@ -486,11 +489,11 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, *args: Any, **kwargs: Any) -> Any:
         """Text of an id, of a list, an array or a tensor of ids; a list of texts for a batch.
 
-        The bytes of all tokens are joined before they are read as UTF-8; what is no UTF-8, such as the first half of a
-        character, becomes U+FFFD. Keywords that would put or remove spaces do nothing: they would change code.
+        The bytes of all tokens are joined before they are read as UTF-8; invalid UTF-8, such as the first half of a
+        character, becomes U+FFFD. Keywords that add or remove spaces have no effect, since they would change code.
         """
         plain = isinstance(token_ids, list) and token_ids and type(token_ids[0]) is int
-        ids = token_ids if plain else to_py_obj(token_ids)  # which copies a list by way of numpy
+        ids = token_ids if plain else to_py_obj(token_ids)  # to_py_obj copies a list through numpy
         if isinstance(ids, (list, tuple)) and ids and isinstance(ids[0], (list, tuple)):
             return [self._decode(row, skip_special_tokens) for row in ids]
         return self._decode(ids, skip_special_tokens)
@@ -502,7 +505,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             ids = [i for i in ids if i not in skipped]
         try:
             return self.model.decode(ids)
-        except (KeyError, OverflowError, TypeError):  # an id that a user added, or none at all
+        except (KeyError, OverflowError, TypeError):  # an id that a user added, or something that is no id
             return b"".join(map(self._bytes_of_id, ids)).decode("utf-8", errors="replace")
 
     def _bytes_of_id(self, index: int) -> bytes:
@@ -511,7 +514,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         return self._convert_id_to_token(index).encode(errors="replace")
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Inverse of `convert_ids_to_tokens`, also on a window of tokens that starts or ends inside a character."""
+        """Inverse of `convert_ids_to_tokens`, also for tokens that start or end inside a character."""
         return b"".join(map(self._bytes_of_token, tokens)).decode("utf-8", errors="replace")
 
     def _bytes_of_token(self, token: str) -> bytes:
@@ -549,19 +552,19 @@ class TikTokenTokenizer(PreTrainedTokenizer):
         Three defaults differ from the base class, and are the same on transformers 4.57 and 5:
         add_generation_prompt: True, unless `continue_final_message` is given. Pass False to render training data.
         tokenize: False, so the result is text, unless `return_dict` or `return_tensors` asks for ids.
-        return_dict: False, so ids come as a list or a tensor (5.x alone would return a dict).
+        return_dict: False, so ids are returned as a list or a tensor (5.x alone would return a dict).
 
         continue_final_message: leaves the last message open, after its content, or on 5.x inside its reasoning
             (`"reasoning_content"`).
-        trusted_text: Ids are made so that what stands in messages, tools or options is never a control token: a marker
-            written there is encoded as the plain text it is, so that a user or a web page cannot open a turn, a call or
-            a think block. Ids of all other texts are the same either way, and so is the decoded text. True takes
-            markers in messages for real ones, for prompts that are built by hand. As text (`tokenize=False`) the two
-            cannot be told apart: see `sanitize_messages`.
-        sanitize_control_tokens: transformers 5's name for the safe way, which is the default here.
-        mark_text: For callers that tokenise by themselves: text in which untrusted markers are wrapped, to be encoded
-            with `tokenizer(text, marked=True)`.
-        kwargs: variables of the template. What asks to think less is refused with a ValueError: `thinking=False`,
+        trusted_text: By default text in messages, tools and options never becomes a control token: a marker in it is
+            encoded as plain text, so that a user or a web page cannot open a turn, a call or a think block. Ids of all
+            other text, and the decoded text, are the same either way. True encodes markers in messages as control
+            tokens, for prompts that are built by hand. In text (`tokenize=False`) the two cannot be told apart: see
+            `sanitize_messages`.
+        sanitize_control_tokens: transformers 5's name for the protection that is the default here.
+        mark_text: For callers that tokenise themselves: text in which untrusted markers are wrapped, to be encoded with
+            `tokenizer(text, marked=True)`.
+        kwargs: variables of the template. Those that turn thinking off are rejected with a ValueError: `thinking=False`,
             `preserve_thinking=False`, `enable_thinking=False`, `reasoning_effort="none"`. None is "not given".
         """
         batched = bool(conversation) and not isinstance(conversation[0], Mapping)
@@ -575,7 +578,7 @@ class TikTokenTokenizer(PreTrainedTokenizer):
             why = (
                 "contradicts trusted_text=True"
                 if trusted_text
-                else "needs tokenize=True: text cannot show it"
+                else "needs tokenize=True: in text, markers of users and of the template look alike"
             )
             raise ValueError(f"sanitize_control_tokens=True {why}.")
         guarded = mark_text or (tokenize and not trusted_text)
@@ -638,16 +641,16 @@ class TikTokenTokenizer(PreTrainedTokenizer):
     # Completions
 
     def parse_completion(self, text_or_ids: Any) -> dict[str, Any]:
-        """What was generated behind a prompt, as a message: see `kimi_output.parse_completion`. Prefer ids to text, and
-        text that was decoded with `skip_special_tokens=False`."""
+        """The message that was generated after a prompt: see `kimi_output.parse_completion`. Prefer ids to text; text
+        must be decoded with `skip_special_tokens=False`."""
         return parse_completion(text_or_ids, self)
 
     def completion_stream(self) -> KimiCompletionStream:
-        """Reads a completion piece by piece, text or ids, and gives deltas in the shape of OpenAI's."""
+        """Reads a completion piece by piece, as text or ids, and returns deltas in OpenAI's format."""
         return KimiCompletionStream(self)
 
     def text_streamer(self, **options: Any) -> KimiTextStreamer:
-        """For `generate(streamer=...)`: shows reasoning, content and tool calls as they come."""
+        """For `generate(streamer=...)`: shows reasoning, content and tool calls as they are generated."""
         return KimiTextStreamer(self, **options)
 
     @staticmethod
@@ -657,9 +660,9 @@ class TikTokenTokenizer(PreTrainedTokenizer):
 
     @staticmethod
     def normalize_tool_ids(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Messages in which calls and results have the ids that the model would have given: functions.NAME:N."""
+        """Messages whose calls and results have ids as the model makes them: functions.NAME:N."""
         return normalize_tool_ids(messages)
 
 
-# save_pretrained copies this file and names it in auto_map, however the class was reached.
+# save_pretrained copies this file and names it in auto_map, also if the class was imported directly.
 TikTokenTokenizer.register_for_auto_class("AutoTokenizer")

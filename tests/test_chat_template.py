@@ -205,11 +205,12 @@ def test_tool_results_find_their_call(tokenizer):
         "functions.f:0", "functions.g:2", "functions.f:1",
     ]  # fmt: skip
     with pytest.raises(
-        ValueError, match=r"messages\[1\]\.tool_call_id 'elsewhere' is the id of no tool call before"
+        ValueError, match=r"messages\[1\]\.tool_call_id 'elsewhere' is not the id of an earlier tool call"
     ):
         ids({**result, "tool_call_id": "elsewhere"})
     with pytest.raises(
-        ValueError, match=r"messages\[2\]\.tool_calls\[1\]\.id 'functions.f:0' is the id of messages\[1\]"
+        ValueError,
+        match=r"messages\[2\]\.tool_calls\[1\]\.id 'functions.f:0' is already the id of messages\[1\]",
     ):
         ids(
             assistant(tool_calls=[call("f")]),

@@ -466,7 +466,7 @@ def test_the_callers_items_stay_as_they_are(processor, tmp_path):
             FileNotFoundError,
             r"^medias\[1\]: there is no file '/nowhere.png'",
         ),
-        ({"type": "image"}, ValueError, r"^medias\[1\]: a NoneType is no image"),
+        ({"type": "image"}, ValueError, r"^medias\[1\]: a NoneType is not a valid image source"),
         ({"type": "image", "image": b"x", "name": "messages[2]"}, ValueError, r"^messages\[2\]: 1 bytes"),
         (
             {"type": "image", "image": "http://127.0.0.1/a.png"},

@@ -158,8 +158,8 @@ def test_of_an_animation_the_first_frame_is_used_with_a_warning():
         ("data:text/html;base64,PGI+", ValueError, r"holds text/html"),
         ("ftp://example.org/a.png", ValueError, r"scheme of 'ftp://example.org/a.png' is not one of http"),
         ({"detail": "low"}, ValueError, r"expected a dict with 'url', found the keys \['detail'\]"),
-        (None, ValueError, r"a NoneType is no image"),
-        (17, ValueError, r"a int is no image"),
+        (None, ValueError, r"a NoneType is not a valid image source"),
+        (17, ValueError, r"a int is not a valid image source"),
         (PICTURE.astype(np.float32), ValueError, r"an image array is uint8.*found float32 \(5, 7, 3\)"),
         (PICTURE[None], ValueError, r"found uint8 \(1, 5, 7, 3\)"),
         (PICTURE[:, :, :2], ValueError, r"found uint8 \(5, 7, 2\)"),
@@ -328,7 +328,7 @@ def test_redirects_follow_the_same_rules(port, target, sentence):
     [
         ("missing", r"cannot fetch '.*missing': the server answers 404"),
         ("short", r"the connection broke after|IncompleteRead"),
-        ("liar", r"it has 1000000000000 bytes or more, and the limit is"),
+        ("liar", r"the body has 1000000000000 bytes or more, and the limit is"),
         ("redirect?to=/redirect?to=/picture", None),
     ],
 )
@@ -353,13 +353,15 @@ def test_endless_redirects_end(port, monkeypatch):
 def test_size_limit(port, path):
     url = f"http://127.0.0.1:{port}/{path}"
     assert fetch(url, ALLOWED, max_bytes=len(PNG)) == PNG
-    with pytest.raises(OSError, match=rf"it has {len(PNG)} bytes or more, and the limit is {len(PNG) - 1}"):
+    with pytest.raises(
+        OSError, match=rf"the body has {len(PNG)} bytes or more, and the limit is {len(PNG) - 1}"
+    ):
         fetch(url, ALLOWED, max_bytes=len(PNG) - 1)
 
 
 def test_size_limit_stops_an_endless_body(port, monkeypatch):
     monkeypatch.setattr(kimi_media, "FETCH_TIMEOUT_S", HANG_S)
-    with pytest.raises(OSError, match=r"it has 1\d{6} bytes or more, and the limit is 1000000"):
+    with pytest.raises(OSError, match=r"the body has 1\d{6} bytes or more, and the limit is 1000000"):
         fetch(f"http://127.0.0.1:{port}/endless", ALLOWED, max_bytes=10**6)
 
 
@@ -647,7 +649,7 @@ def test_pyav_reads_what_decord_would_decode_again_and_again(tmp_path, monkeypat
             r"uint8 \(n, H, W, 3\); found float32 \(2, 4, 4, 3\)",
         ),
         (np.zeros((4, 4, 3), np.uint8), ValueError, r"found uint8 \(4, 4, 3\)"),
-        (12, ValueError, r"a int is no video"),
+        (12, ValueError, r"a int is not a valid video source"),
     ],
     ids=lambda value: str(value)[:30],
 )
