@@ -34,6 +34,7 @@ serve: .venv/ready-serve
 lint: .venv/ready-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	mkdir -p .types && ln -sfn .. .types/kimi
 	.venv/bin/mypy
 
 .venv/ready: requirements.txt

@@ -87,13 +87,8 @@ def latent_attention_triton(
     maxima, sums = scratch(batch, splits, heads * num_new), scratch(batch, splits, heads * num_new)
     # The interpreter adds bf16 as if they were integers; it gets fp32 here and in DTYPE.
     output = torch.empty(q_latent.shape, dtype=dtype, device=q_latent.device)
-    if mask is None:
-        mask_pointer, mask_strides = q_latent, (0, 0, 0)  # never read
-    else:
-        mask_pointer = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        mask_strides = tuple(
-            0 if mask.shape[dim] == 1 and dim != 3 else mask.stride(dim) for dim in (0, 2, 3)
-        )
+    # Without a mask the kernel reads none; it only needs some pointer.
+    mask_pointer, mask_strides = (q_latent, (0, 0, 0)) if mask is None else mask_arguments(mask)
     with torch.cuda.device(q_latent.device) if q_latent.is_cuda else contextlib.nullcontext():
         partial_kernel[(row_blocks, splits, batch)](
             q_latent,
@@ -132,20 +127,32 @@ def latent_attention_triton(
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
-        block = min(triton.next_power_of_2(width), 128)
-        merge_kernel[(heads * num_new, triton.cdiv(width, block), batch)](
-            parts,
-            maxima,
-            sums,
-            output,
-            heads * num_new,
-            C=width,
-            SPLITS=splits,
-            BLOCK_SPLITS=triton.next_power_of_2(splits),
-            BLOCK=block,
-            num_warps=1,
-        )
+        merge(parts, maxima, sums, output)
     return output.to(q_latent.dtype), None
+
+
+def mask_arguments(mask: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """A mask (B or 1, 1, T or 1, S) as the kernel reads it, and its strides over B, T and S: 0 where it repeats."""
+    strides = tuple(0 if mask.shape[dim] == 1 and dim != 3 else mask.stride(dim) for dim in (0, 2, 3))
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, strides
+
+
+def merge(parts: torch.Tensor, maxima: torch.Tensor, sums: torch.Tensor, output: torch.Tensor) -> None:
+    """Writes the splits' parts (B, splits, h T, c), weighted by their softmax maxima and sums, to output (B, h, T, c)."""
+    batch, splits, rows, width = parts.shape
+    block = min(triton.next_power_of_2(width), 128)
+    merge_kernel[(rows, triton.cdiv(width, block), batch)](
+        parts,
+        maxima,
+        sums,
+        output,
+        rows,
+        C=width,
+        SPLITS=splits,
+        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK=block,
+        num_warps=1,
+    )
 
 
 def check(

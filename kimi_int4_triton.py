@@ -624,6 +624,7 @@ def run_experts_prefill(
 
 def prefill_blocks(pairs_per_expert: float, x: torch.Tensor) -> tuple[PrefillBlocks, PrefillBlocks]:
     """The first row of the device's table that serves so many pairs per expert, on average."""
+    table: tuple[tuple[float, PrefillBlocks, PrefillBlocks], ...]
     if compute_dtype(x) == torch.float32:
         table = PREFILL_FP32
     elif x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9:

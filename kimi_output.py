@@ -67,7 +67,7 @@ class Event(NamedTuple):
 
     kind: str
     text: str = ""
-    index: int = -1
+    index: int = -1  # type: ignore[assignment]  # hides tuple.index(), which nobody calls
     id: str = ""
     name: str = ""
 

@@ -13,7 +13,7 @@ name instead, so modules with an attribute `stacked_names` have it set while the
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what comes after it among the bases
     Base = PreTrainedModel
 else:
     Base = object
+Model = TypeVar("Model", bound="KimiPretrainedMixin")
 
 
 class KimiPretrainedMixin(Base):
@@ -48,12 +49,12 @@ class KimiPretrainedMixin(Base):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         pretrained_model_name_or_path: str | os.PathLike | None,
         *args: Any,
         expert_cache: int | str | None = None,
         **kwargs: Any,
-    ) -> PreTrainedModel:
+    ) -> Model:
         """PreTrainedModel.from_pretrained, which loads in the checkpoint's dtype (bf16) unless told otherwise.
 
         `expert_cache`: bytes (or "20GB") of memory for routed experts, which otherwise stay in the checkpoint's files and

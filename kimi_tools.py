@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from transformers.utils import get_json_schema, logging
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
-logger = logging.get_logger(__name__)
+warning_once = logging.get_logger(__name__).warning_once  # type: ignore[attr-defined]  # transformers adds it
 
 # Constraints that are shown, by type and in the order in which they are shown; all others are left out.
 CONSTRAINTS = {
@@ -167,14 +167,12 @@ def render_tool_declaration(tools: list[dict[str, Any]] | None) -> str:
     try:
         declaration = encode_tools_to_typescript_style(tools)
     except UnsupportedSchema as error:
-        logger.warning_once(f"The tools are declared as JSON instead of TypeScript: {error}")
+        warning_once(f"The tools are declared as JSON instead of TypeScript: {error}")
         declaration = ""
     else:
         for index, tool in enumerate(tools if declaration else ()):
             if usable_function(tool) is None:
-                logger.warning_once(
-                    f"tools[{index}] is not declared: type {tool.get('type')!r} without a function"
-                )
+                warning_once(f"tools[{index}] is not declared: type {tool.get('type')!r} without a function")
     return declaration or json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -258,7 +256,7 @@ class FunctionWriter:
         if schema is True or schema == {}:
             return "any"
         if schema is False:
-            logger.warning_once(f"tool {self.name!r}, {path}: the schema `false` is declared as null")
+            warning_once(f"tool {self.name!r}, {path}: the schema `false` is declared as null")
             return "null"
         if not isinstance(schema, dict):
             raise unsupported(path, f"is a {type(schema).__name__}, not a schema")

@@ -131,9 +131,11 @@ def decode(arguments: argparse.Namespace, clock: Clock, copy_rate: float) -> Non
 def exact(inputs: list[torch.Tensor]) -> torch.Tensor:
     """fp32, a sequence at a time."""
     sequences = zip(*(tensor.split(1) for tensor in inputs), strict=True)
-    return torch.cat(
-        [latent_attention(*(t.float() for t in sequence), None, SCALING)[0] for sequence in sequences]
-    )
+    outputs = []
+    for sequence in sequences:
+        q_latent, q_pe, latent, k_pe = (tensor.float() for tensor in sequence)
+        outputs.append(latent_attention(q_latent, q_pe, latent, k_pe, None, SCALING)[0])
+    return torch.cat(outputs)
 
 
 def prefill(arguments: argparse.Namespace, clock: Clock, product_rate: float) -> None:

@@ -75,9 +75,8 @@ def random_cache(model, depth: int):
     text = model.config.text_config
     cache = new_cache(text)
     for layer in cache.layers:
-        layer.update(
-            *(torch.randn(1, 1, depth, dim).bfloat16() for dim in (text.kv_lora_rank, text.qk_rope_head_dim))
-        )
+        latent = torch.randn(1, 1, depth, text.kv_lora_rank).bfloat16()
+        layer.update(latent, torch.randn(1, 1, depth, text.qk_rope_head_dim).bfloat16())
     return cache
 
 
@@ -138,25 +137,28 @@ def run_side(side: str, python: str, folder: str, depths: list[int], prompts: li
 def report(results: dict[str, dict]) -> None:
     ours, native = results["ours"], results.get("native")
 
-    def row(name: str, mine: float, theirs: float | None, faster: float | None) -> None:
-        rival = "" if theirs is None else f"{theirs:12.2f} {faster:10.2f} x"
-        print(f"{name:28s} {mine:12.2f} {rival}")
+    def row(name: str, mine: float, theirs: float | None, more_is_better: bool = False) -> None:
+        if theirs is None:
+            return print(f"{name:28s} {mine:12.2f} ")
+        ratio = mine / theirs if more_is_better else theirs / max(mine, 1e-3)
+        print(f"{name:28s} {mine:12.2f} {theirs:12.2f} {ratio:10.2f} x")
 
     print(
         f"\n{'':28s} {'ours':>12s} {'native':>12s} {'ratio':>11s}" if native else f"\n{'':28s} {'ours':>12s}"
     )
     for key, name in (("load_s", "load, s"), ("resident_gb", "resident, GB")):
-        other = native and native[key]
-        row(name, ours[key], other, other and other / ours[key])
+        row(name, ours[key], native[key] if native else None)
     for depth, value in ours["decode_ms"].items():
-        other = native and native["decode_ms"].get(depth)
-        row(f"decode at {depth}, ms/token", value, other, other and other / value)
+        row(f"decode at {depth}, ms/token", value, native["decode_ms"].get(depth) if native else None)
     for length, value in ours["prefill_tokens_per_s"].items():
-        other = native and native["prefill_tokens_per_s"].get(length)
-        row(f"prefill {length}, tokens/s", value, other, other and value / other)
+        other = native["prefill_tokens_per_s"].get(length) if native else None
+        row(f"prefill {length}, tokens/s", value, other, more_is_better=True)
     for length, value in ours["prefill_peak_gb"].items():
-        other = native and native["prefill_peak_gb"].get(length)
-        row(f"prefill {length}, peak GB more", value, other, other and other / max(value, 1e-3))
+        row(
+            f"prefill {length}, peak GB more",
+            value,
+            native["prefill_peak_gb"].get(length) if native else None,
+        )
 
 
 def plot(results: dict[str, dict], path: str) -> None:
@@ -196,7 +198,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.side:
         transformers.utils.logging.disable_progress_bar()
-        print(json.dumps(measure(*args.side, args.depths, args.prompts)))
+        side, folder = args.side
+        print(json.dumps(measure(side, folder, args.depths, args.prompts)))
         return
     from scripts.tiny_checkpoint import write_tiny_checkpoint
 

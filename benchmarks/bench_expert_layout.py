@@ -16,6 +16,8 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,13 +25,11 @@ import torch
 import transformers
 from accelerate import infer_auto_device_map
 from torch import nn
-from transformers import PreTrainedModel
 
 from kimi import modeling_kimi
 from kimi.configuration_kimi import KimiK25Config
+from kimi.kimi_pretrained import KimiPretrainedMixin
 from scripts.tiny_checkpoint import TINY_TEXT, TINY_VISION, write_random_weights
-
-PUBLISHED_EXPERTS = modeling_kimi.Experts
 
 
 class OneMatrix(nn.Module):
@@ -63,18 +63,25 @@ class ExpertModules(nn.ModuleList):
 class ModulesModel(modeling_kimi.KimiK25ForConditionalGeneration):
     """The model with the rival's experts, loaded and saved by transformers itself."""
 
-    from_pretrained = classmethod(PreTrainedModel.from_pretrained.__func__)
-    save_pretrained = PreTrainedModel.save_pretrained
-    _load_pretrained_model = PreTrainedModel.__dict__["_load_pretrained_model"]
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        return super(KimiPretrainedMixin, cls).from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _load_pretrained_model(cls, *args: Any, **kwargs: Any) -> Any:
+        return super(KimiPretrainedMixin, cls)._load_pretrained_model(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        super(KimiPretrainedMixin, self).save_pretrained(*args, **kwargs)
 
 
 @contextmanager
 def layout(name: str):
-    modeling_kimi.Experts = ExpertModules if name == "modules" else PUBLISHED_EXPERTS
-    try:
-        yield ModulesModel if name == "modules" else modeling_kimi.KimiK25ForConditionalGeneration
-    finally:
-        modeling_kimi.Experts = PUBLISHED_EXPERTS
+    if name != "modules":
+        yield modeling_kimi.KimiK25ForConditionalGeneration
+        return
+    with mock.patch.object(modeling_kimi, "Experts", ExpertModules):
+        yield ModulesModel
 
 
 def timed(function, *args, **kwargs):

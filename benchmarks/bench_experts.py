@@ -14,6 +14,7 @@ else one call; the column says which.
 
 import argparse
 import contextlib
+import functools
 import importlib
 import itertools
 import os
@@ -23,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -220,7 +222,7 @@ def random_batch(rows: int, experts: int, choices: int, width: int, device: torc
 
 def packed_bytes(layer: list[ExpertMatrices]) -> int:
     """Of one expert."""
-    return sum(tensor[0].nbytes for matrix in layer for tensor in matrix)
+    return sum(tensor[0].nbytes for matrix in layer for tensor in matrix if tensor is not None)
 
 
 def compare(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -281,12 +283,12 @@ def tune(arguments: argparse.Namespace, device: torch.device) -> None:
     clock, layer = Clock(device, arguments.budget / 4), random_layer(experts, width, inner, device)
     gate, up, down = layer
 
-    def best(what: str, candidates: list, run: Callable[[object], object]) -> None:
+    def best(what: str, candidates: list, run: Callable[[Any], object]) -> None:
         results, failed = [], 0
         for blocks in candidates:
             try:
                 run(blocks)
-                call = captured(lambda blocks=blocks: run(blocks)) or (lambda blocks=blocks: run(blocks))
+                call = captured(functools.partial(run, blocks)) or functools.partial(run, blocks)
                 results.append((clock.median(call)[0], blocks))
             except Exception as error:  # too many registers, too little shared memory: the next one
                 failed += 1

@@ -104,7 +104,7 @@ def against_native(python: str, rounds: int) -> None:
         folder = str(write_tiny_checkpoint(f"{scratch}/model", TEXT, VISION, max_shard_size="500MB"))
         plain_read(folder)
         sides = {"ours": sys.executable, "native": python}
-        seconds = {side: [] for side in sides}
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
         for _ in range(rounds):
             for side, interpreter in sides.items():
                 seconds[side].append(timed_load(folder, side, interpreter))

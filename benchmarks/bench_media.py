@@ -182,7 +182,8 @@ def main() -> None:
     parser.add_argument("--work", nargs=3, metavar=("WAY", "CASE", "PATH"), help="used by the script itself")
     args = parser.parse_args()
     if args.work:
-        return work(*args.work, decoder=args.decoder)
+        way, case, path = args.work
+        return work(way, case, path, decoder=args.decoder)
     packages = " ".join(
         f"{name} {version(name)}" for name in ("transformers", "pillow", "numpy", "decord", "av")
     )

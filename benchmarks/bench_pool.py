@@ -226,7 +226,8 @@ def simulate_optimal(trace: list[tuple[int, list[int]]], capacity: int) -> float
             times[layer, expert].append(time_)
     for uses in times.values():
         uses.reverse()
-    here, misses, asked = {}, 0, 0  # expert -> next use
+    here: dict[tuple[int, int], int] = {}  # expert -> next use
+    misses = asked = 0
     for layer, experts in trace:
         for expert in experts:
             key = layer, expert
@@ -235,7 +236,7 @@ def simulate_optimal(trace: list[tuple[int, list[int]]], capacity: int) -> float
             if key not in here:
                 misses += 1
                 if len(here) >= capacity:
-                    del here[max(here, key=here.get)]
+                    del here[max(here, key=here.__getitem__)]
             here[key] = times[key][-1] if times[key] else len(trace)
     return 1 - misses / asked
 
@@ -268,6 +269,7 @@ def measure_readers(folder: str, number: int) -> None:
     from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 
     model = KimiK25ForConditionalGeneration.from_pretrained(folder, expert_cache="600MB")
+    assert model.expert_pool is not None and model.expert_pool.files is not None  # expert_cache= makes both
     files, cache = model.expert_pool.files, next(iter(model.expert_pool.caches.values()))
     layout = {name: (tuple(stack.shape[1:]), stack.dtype) for name, stack in cache.stacks.items()}
     keys = random.Random(0).sample(sorted(files.parts), number)
@@ -279,6 +281,7 @@ def measure_readers(folder: str, number: int) -> None:
                 stack.zero_()  # touches the pages, which is not what is measured
             before, start = files.bytes_read, time.perf_counter()
             for key, entry in [(key, fresh.claim(key)) for key in keys]:
+                assert entry is not None  # there is a slot for each
                 fresh.await_entry(key, entry)
             rate = (files.bytes_read - before) / (time.perf_counter() - start) / 1e9
             print(f"{readers} threads: {rate:.2f} GB/s", flush=True)
@@ -316,7 +319,8 @@ def main() -> None:
         from scripts.tiny_checkpoint import real_width, write_tiny_checkpoint
 
         start = time.perf_counter()
-        write_tiny_checkpoint(args.make, **real_width(args.layers, args.experts), max_shard_size="5GB")
+        sizes = real_width(args.layers, args.experts)
+        write_tiny_checkpoint(args.make, sizes["text"], sizes["vision"], max_shard_size="5GB")
         size = sum(path.stat().st_size for path in Path(args.make).glob("*.safetensors"))
         print(f"{size / 1e9:.1f} GB written, {size / (time.perf_counter() - start) / 1e6:.0f} MB/s")
     if args.sizes:

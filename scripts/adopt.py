@@ -48,7 +48,7 @@ from .tiny_checkpoint import ROOT, config_for_vocabulary, files_beside_weights, 
 BACKUP = "before_adopt"
 MANIFEST = "manifest.json"
 PART = ".part"  # a file that is being written
-SHOWN = 160  # characters of a value
+SHOWN_CHARACTERS = 160  # characters of a value
 LOAD = """\
 from transformers import AutoModelForCausalLM, AutoProcessor
 folder = {folder!r}
@@ -103,9 +103,9 @@ def merge_config(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]
         "media_placeholder_token_id",
     ):  # transformers' own defaults are others
         merged.setdefault(name, ours[name])
-    for part in ("text_config", "vision_config"):
-        if isinstance(merged.get(part), dict):
-            merged[part].pop("auto_map", None)  # names files of the published code
+    for name in ("text_config", "vision_config"):
+        if isinstance(merged.get(name), dict):
+            merged[name].pop("auto_map", None)  # names files of the published code
     for part in (merged, merged["text_config"]):
         if ours["eos_token_id"] not in as_list(part.get("eos_token_id")):
             part["eos_token_id"] = ours["eos_token_id"]
@@ -221,7 +221,7 @@ def kept_lines(merged: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 def shown(value: Any) -> str:
     text = repr(value) if value is NOTHING else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan

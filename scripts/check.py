@@ -153,8 +153,8 @@ def check_tensors(folder: Path, state: dict[str, Any]) -> str:
             free = name.endswith(("weight_shape", "weight_scale"))  # other exporters write int64 and fp16
             require(free, f"{name} is {sources[name].dtype}, published as {published.target.dtype}")
     total = sum(source.end - source.begin for source in sources.values())
-    published = "; the published number of bytes" if total == PUBLISHED_BYTES else ""
-    return f"names, shapes and dtypes of {len(sources):,} tensors{published}"
+    whole = "; the published number of bytes" if total == PUBLISHED_BYTES else ""
+    return f"names, shapes and dtypes of {len(sources):,} tensors{whole}"
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -191,7 +191,7 @@ def check_special_tokens(folder: Path, state: dict[str, Any]) -> str:
     return f"{len(NAMED_TOKENS)} names at {base} and after"
 
 
-SAMPLE: list[dict[str, Any]] = [
+SAMPLE_CHAT: list[dict[str, Any]] = [
     {"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "text", "text": "Look."}]},
     {
         "role": "assistant",
@@ -217,7 +217,9 @@ def check_template(folder: Path, state: dict[str, Any]) -> str:
         (ROOT / "chat_template.jinja").read_text(encoding="utf-8"),
     )
     tokenizer = state["tiktoken.model"]
-    texts = [tokenizer.apply_chat_template(SAMPLE, tokenize=False, chat_template=t) for t in (theirs, ours)]
+    texts = [
+        tokenizer.apply_chat_template(SAMPLE_CHAT, tokenize=False, chat_template=t) for t in (theirs, ours)
+    ]
     require(texts[0] == texts[1], f"renders {texts[0]!r}, expected {texts[1]!r}")
     return "this repository's" if theirs == ours else "another text that renders the same"
 

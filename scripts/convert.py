@@ -94,16 +94,18 @@ class Reader:
     """Reads tensors of a checkpoint; the last file stays open, and must not change while open."""
 
     def __init__(self, sources: dict[str, Source]):
-        self.sources, self.file, self.shard = sources, "", None
+        self.sources, self.file = sources, ""
+        self.shard: Shard | None = None
 
     def __call__(self, name: str) -> torch.Tensor:
-        source = self.sources[name]
-        if source.file != self.file:
-            if self.shard is not None:
-                self.shard.close()
-            self.file, self.shard = source.file, Shard(source.file, source.stamp)
+        source, shard = self.sources[name], self.shard
+        if shard is None or source.file != self.file:
+            if shard is not None:
+                shard.close()
+            shard = Shard(source.file, source.stamp)
+            self.file, self.shard = source.file, shard
         tensor = torch.empty(source.shape, dtype=source.dtype)
-        self.shard.read([Range(source.begin, bytes_of(tensor), name)])
+        shard.read([Range(source.begin, bytes_of(tensor), name)])
         return tensor
 
 
@@ -213,9 +215,9 @@ def subset_of(layers: int | None, experts: int | None) -> Callable:
     def subset(sources: dict[str, Source], report: Report) -> dict[str, Output]:
         outputs = {}
         for name, source in sources.items():
-            layer, expert = LAYER.search(name), EXPERT.match(name)
-            in_text = layer and "vision_tower" not in name
-            if layers is not None and in_text and int(layer[1]) >= layers:
+            layer = None if "vision_tower" in name else LAYER.search(name)
+            expert = EXPERT.match(name)
+            if layers is not None and layer and int(layer[1]) >= layers:
                 continue
             if experts is not None and expert and int(expert["expert"]) >= experts:
                 continue
@@ -363,7 +365,8 @@ class Hash:
     """A SHA-256 computed in a thread, beside reading or writing."""
 
     def __init__(self) -> None:
-        self.digest, self.thread, self.last = hashlib.sha256(), ThreadPoolExecutor(1), None
+        self.digest, self.thread = hashlib.sha256(), ThreadPoolExecutor(1)
+        self.last: Future[None] | None = None
 
     def __enter__(self) -> "Hash":
         return self
@@ -442,8 +445,8 @@ def begin(target: Path, source: Path, config: dict[str, Any], entries: Entries) 
     if json.loads(note.read_bytes()) != plan:
         raise ValueError(f"{target} holds an unfinished conversion of something else; nothing was written.")
     lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
-    finished = dict(reversed(line.split("  ", 1)) for line in lines)
-    return {name: digest for name, digest in finished.items() if (target / name).is_file()}
+    finished = (line.split("  ", 1) for line in lines)
+    return {name: digest for digest, name in finished if (target / name).is_file()}
 
 
 def check_space(target: Path, needed: int) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, set_seed
@@ -72,15 +73,15 @@ def make_clip() -> tuple[Any, list[Image.Image], str]:
 def thumbnail(image: Image.Image, columns: int = 48) -> str:
     """The image in a terminal of 24-bit colours: each character shows two pixels, one above the other."""
     rows = max(1, round(columns * image.height / image.width / 2))
-    small = image.resize((columns, 2 * rows)).load()
+    pixels = np.asarray(image.resize((columns, 2 * rows))).tolist()  # [y][x] -> [red, green, blue]
     lines = []
     for y in range(0, 2 * rows, 2):
-        pairs = [(small[x, y], small[x, y + 1]) for x in range(columns)]
+        pairs = zip(pixels[y], pixels[y + 1], strict=True)
         lines.append("".join(f"\x1b[38;2;{colour(top)}m\x1b[48;2;{colour(below)}m▀" for top, below in pairs))
     return "\n".join(f"  {line}\x1b[0m" for line in lines)
 
 
-def colour(rgb: tuple[int, int, int]) -> str:
+def colour(rgb: list[int]) -> str:
     return ";".join(map(str, rgb))
 
 

@@ -253,7 +253,8 @@ def _device_plans(
     for device, run in _run_devices(machine, placement):
         gpu = machine.gpus[device] if isinstance(device, int) else None
         home = "gpu" if gpu else "ram"
-        kinds = _run_bytes(job, run, placement, lambda idx, home=home: tiers.get(idx) == home)
+        held_here = {idx for idx, tier in tiers.items() if tier == home}
+        kinds = _run_bytes(job, run, placement, held_here.__contains__)
         if kinds:
             kinds["workspace"] = job.workspace(placement.chunk)
             if "vision" in run.specials and "vision" not in placement.outside:
@@ -552,10 +553,10 @@ def plain_table(header: list[str], rows: list[list[str]]) -> str:
 def closing_lines(result: Plan) -> list[str]:
     """The lines below the table: tiers, ceiling, notes, or what would fit."""
     lines = []
-    if result.fits:
+    ceiling = result.ceiling
+    if ceiling is not None and result.expert_tiers is not None:  # it fits
         tiers = list(result.expert_tiers.values())
         held = [f"{tiers.count(tier)} layers {place}" for tier, place in TIER_WORDS.items() if tier in tiers]
-        ceiling = result.ceiling
         reads = [f"{_gb(size)} {tier}" for tier, size in ceiling.bytes_per_step.items() if size]
         lines.append(f"Experts: {', '.join(held)}.")
         lines.append(

@@ -69,7 +69,7 @@ def conversation() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         "type": "function",
         "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'},
     }
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "You are Kimi, an AI assistant created by Moonshot AI."},
         {
             "role": "user",
@@ -110,7 +110,7 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         mla_path="expand",
         int4_backend="reference",
     )
-    return model.to(dtype).eval(), processor
+    return model.to(dtype).eval(), processor  # type: ignore[arg-type]  # transformers annotates the wrapped function
 
 
 def watch(model: Any, seen: dict[str, torch.Tensor]) -> list[Any]:
@@ -274,11 +274,11 @@ def first_difference(want: Any, got: Any) -> str:
     if isinstance(want, list) and isinstance(got, list) and want and isinstance(want[0], list):
         index = next((i for i, pair in enumerate(zip(want, got, strict=False)) if pair[0] != pair[1]), 0)
         return f"item {index}: {first_difference(want[index], got[index])}"
-    index = next((i for i, pair in enumerate(zip(want, got, strict=False)) if pair[0] != pair[1]), None)
-    if index is None:
+    place = next((i for i, pair in enumerate(zip(want, got, strict=False)) if pair[0] != pair[1]), None)
+    if place is None:
         return f"length {len(got)}, expected {len(want)}"
-    start = max(0, index - 12)
-    return f"at {index}: {got[start : index + 12]!r}, expected {want[start : index + 12]!r}"
+    part = slice(max(0, place - 12), place + 12)
+    return f"at {place}: {got[part]!r}, expected {want[part]!r}"
 
 
 def compare_all(

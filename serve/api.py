@@ -301,8 +301,11 @@ def open_media(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str,
     opened = []
     for number, message in enumerate(messages):
         content = message.get("content")
-        parts = list(content) if isinstance(content, list) else content
-        for position, part in enumerate(parts if isinstance(parts, list) else ()):
+        if not isinstance(content, list):
+            opened.append(message)
+            continue
+        parts = list(content)
+        for position, part in enumerate(content):
             if not isinstance(part, dict) or part.get("type") in (None, "text"):
                 continue
             name = f"messages[{number}].content[{position}]"
@@ -316,7 +319,7 @@ def open_media(messages: list[dict[str, Any]], limits: Limits) -> list[dict[str,
                         "messages",
                     )
                 parts[position] = {"type": kind, kind: data}
-        opened.append({**message, "content": parts} if isinstance(parts, list) else message)
+        opened.append({**message, "content": parts})
     return opened
 
 
@@ -327,13 +330,12 @@ def read_part(part: dict[str, Any], max_bytes: int, allowed_hosts: Sequence[str]
         return kind, None
     source = part.get(f"{kind}_url", part.get(kind))
     source = unwrap(source) if isinstance(source, (dict, str)) else source
-    scheme = (
-        source[: source.find(":")].strip().lower() if isinstance(source, str) and ":" in source[:16] else ""
-    )
-    if scheme == "data":
-        return kind, decode_data_uri(source, kind)
-    if scheme in ("http", "https"):
-        return kind, fetch(source.strip(), allowed_hosts, max_bytes)
+    if isinstance(source, str) and ":" in source[:16]:
+        scheme = source[: source.find(":")].strip().lower()
+        if scheme == "data":
+            return kind, decode_data_uri(source, kind)
+        if scheme in ("http", "https"):
+            return kind, fetch(source.strip(), allowed_hosts, max_bytes)
     raise ValueError(
         f'a medium is given as {{"type": "{kind}_url", "{kind}_url": {{"url": ...}}}} with a data: URI or an http(s)'
         f" address, not {describe(source)}"

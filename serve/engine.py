@@ -21,7 +21,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -428,7 +428,7 @@ class Engine:
         self._jobs.put(job)
         return job
 
-    def stream(self, prompt: Prompt, sampling: Sampling) -> Iterator[Event | Completion]:
+    def stream(self, prompt: Prompt, sampling: Sampling) -> Generator[Event | Completion, None, None]:
         """Events, then the Completion, for callers in this process. Raises what the job raised."""
         inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         job = self.submit(Job(prompt, sampling, inbox.put))

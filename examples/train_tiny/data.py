@@ -64,10 +64,10 @@ def collate(samples: list[Encoded], pad_id: int) -> dict[str, Any]:
         "attention_mask": stack([[1] * len(sample.input_ids) for sample in samples], 0),
         "labels": stack([sample.labels for sample in samples], IGNORED),
     }
-    media = [sample for sample in samples if sample.pixel_values is not None]
-    if media:
-        batch["pixel_values"] = torch.cat([sample.pixel_values for sample in media])
-        batch["grid_thws"] = torch.cat([sample.grid_thws for sample in media])
+    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    grids = [sample.grid_thws for sample in samples if sample.grid_thws is not None]
+    if pixels:
+        batch["pixel_values"], batch["grid_thws"] = torch.cat(pixels), torch.cat(grids)
     return batch
 
 

@@ -71,7 +71,8 @@ def answer(model: Any, processor: Any, histories: list[list[dict]], tools: list[
 
 def judge(model: Any, processor: Any, samples: list[Sample]) -> tuple[list[bool], list[dict[str, Any]]]:
     """Whether each sample is answered right, and its last answer."""
-    right, last = [True] * len(samples), [{}] * len(samples)
+    right = [True] * len(samples)
+    last: list[dict[str, Any]] = [{}] * len(samples)
     histories: list[list[dict]] = [[] for _ in samples]
     turns = [turns_to_ask(sample) for sample in samples]
     for number in range(max(map(len, turns))):

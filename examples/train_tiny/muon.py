@@ -40,14 +40,18 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.update(parameter, group["lr"], group["weight_decay"], group["momentum"])
+                    self.update(
+                        parameter, parameter.grad, group["lr"], group["weight_decay"], group["momentum"]
+                    )
 
-    def update(self, parameter: torch.Tensor, lr: float, weight_decay: float, momentum: float) -> None:
+    def update(
+        self, parameter: torch.Tensor, grad: torch.Tensor, lr: float, weight_decay: float, momentum: float
+    ) -> None:
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-        direction = parameter.grad.lerp(buffer, momentum)  # Nesterov's
+        buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        direction = grad.lerp(buffer, momentum)  # Nesterov's
         size = 0.2 * max(parameter.shape[-2:]) ** 0.5
         parameter.mul_(1 - lr * weight_decay).add_(orthogonalize(direction), alpha=-lr * size)
 
@@ -58,7 +62,9 @@ def optimizers(model: nn.Module, lr: float, weight_decay: float = 0.05) -> list[
     What enters the vision tower learns at a tenth of the rate: at the full one it outgrows the fixed embedding of the
     frames' times (norm 120 against 8) and the order of a chunk's frames is lost.
     """
-    matrices, others, patches = [], [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    patches: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             outside = ("embed_tokens", "lm_head", "mlp.gate.")

@@ -46,7 +46,7 @@ def balance_experts(model: torch.nn.Module) -> None:
         if router.training:
             bias = router.e_score_correction_bias
             load = outputs[0].flatten().bincount(minlength=len(bias)).float()
-            bias += BALANCE * (load.mean() - load).sign()
+            bias.add_(BALANCE * (load.mean() - load).sign())
 
     for module in model.modules():
         if isinstance(module, Router):
