@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from itertools import groupby
 from math import prod
 from typing import Any, NamedTuple
@@ -183,10 +182,9 @@ def load_checkpoint(
     if pooled:
         _open_pool([wanted for wanted in pooled if wanted.name in sources], sources, dtype, device_map)
     # transformers 5 initialises afresh whatever does not carry this mark.
-    for module in model.modules():
-        module._is_hf_initialized = True
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    marked: Any
+    for marked in (*model.modules(), *model.parameters()):
+        marked._is_hf_initialized = True
     return index or None
 
 
@@ -399,52 +397,6 @@ def _default_shapes(
         shape = torch.tensor([experts.shapes[wanted.projection]], dtype=torch.int32)
         rows = shape.repeat(experts.num_experts, 1).to("cpu" if device == "disk" else device)
         experts._parameters[wanted.parameter] = nn.Parameter(rows, requires_grad=False)
-
-
-# --------------------------------------------------------------------------------------------- transformers' versions
-
-
-def loading_result(
-    model: nn.Module, hook: Callable, args: tuple, kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], Callable[[Any], Any]]:
-    """Translates `PreTrainedModel._load_pretrained_model` of either major version.
-
-    Returns the arguments for `load_checkpoint`, and a function that gives its result the form that the caller expects.
-    """
-    given = signature(hook).bind(model, *args, **kwargs).arguments
-    if "load_config" in given:  # 5.x
-        from transformers.utils.loading_report import LoadStateDictInfo
-
-        config = given["load_config"]
-        renamings = dict(_user_renamings(config.weight_mapping))
-        request = (config.dtype, config.device_map, config.disk_offload_folder, renamings)
-        unsupported = config.device_mesh
-        names = tuple(signature(LoadStateDictInfo).parameters)
-
-        def finish(index: Any) -> Any:
-            empty: dict[str, Any] = {name: {} if name == "conversion_errors" else set() for name in names}
-            return LoadStateDictInfo(**{**empty, "error_msgs": []}), index
-    else:  # 4.57
-        get = given.get
-        request = (get("dtype"), get("device_map"), get("disk_offload_folder"), get("key_mapping"))
-        unsupported = get("device_mesh")
-
-        def finish(index: Any) -> Any:
-            return model, [], [], [], index, []
-
-    if unsupported is not None:
-        raise ValueError("tensor parallel loading (tp_plan) is not supported; use device_map.")
-    fields = ("dtype", "device_map", "offload_folder", "key_mapping")
-    wanted = {"files": given.get("checkpoint_files"), "state_dict": given.get("state_dict")}
-    return {**wanted, **dict(zip(fields, request, strict=True))}, finish
-
-
-def _user_renamings(weight_mapping: list[Any] | None) -> Iterator[tuple[str, str]]:
-    """The renamings that a caller of 5.x gave as key_mapping; the library's own legacy ones concern other models."""
-    for transform in weight_mapping or []:
-        sources, targets = transform.source_patterns, transform.target_patterns
-        if len(sources) == len(targets) == 1 and type(transform).__name__ == "WeightRenaming":
-            yield sources[0], targets[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -1,7 +1,7 @@
 """Files of weights, read and written as fast as the disk is: in whole blocks, past the system's page cache.
 
 Through the page cache every byte takes a page that the system must find, clear and remember, for nothing: a checkpoint
-is read once, and seldom fits into memory beside itself. Measured on 2 cores (LOG.md), 10 GB cost 24 s of CPU time to
+is read once, and seldom fits into memory beside itself. Measured on 2 cores (docs/history.md), 10 GB cost 24 s of CPU time to
 read that way and 3 s past it, and are written 5 times as fast.
 
     Shard              reads; a file that is already in the page cache is read from there

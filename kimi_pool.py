@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from .kimi_machine import detect_gpus, detect_ram, parse_size
 from .kimi_sizes import all_fit, expert_bytes, free_bytes, resident_bytes
 from .kimi_slots import READERS, ExpertFiles, Part, ReadsExperts, SlotCache, Visit, Worth
 
-HALF_LIFE = 256.0  # tokens; see LOG.md
+HALF_LIFE = 256.0  # tokens; see docs/history.md
 
 
 class PooledMatrices(ExpertMatrices):
@@ -317,7 +317,9 @@ class ExpertPool:
         source = self.names[name].source
         if source.file not in self.maps:
             size = os.path.getsize(source.file)
-            self.maps[source.file] = torch.UntypedStorage.from_file(source.file, False, size)
+            self.maps[source.file] = cast(
+                torch.UntypedStorage, torch.UntypedStorage.from_file(source.file, False, size)
+            )
         data = torch.empty(0, dtype=torch.uint8).set_(
             self.maps[source.file], source.begin, (source.end - source.begin,), (1,)
         )

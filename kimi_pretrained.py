@@ -11,8 +11,9 @@ name instead, so modules with an attribute `stacked_names` have it set while the
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .kimi_checkpoint import load_checkpoint, loading_result, save_checkpoint
+from .kimi_checkpoint import load_checkpoint, save_checkpoint
 from .kimi_pool import requested
 
 logger = logging.get_logger(__name__)
@@ -122,6 +123,49 @@ class KimiPretrainedMixin(Base):
             save_checkpoint(self, save_directory, state_dict, max_shard_size, variant)
         if push_to_hub:
             _upload(save_directory, **kwargs)
+
+
+def loading_result(
+    model: nn.Module, hook: Callable, args: tuple, kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """Translates `PreTrainedModel._load_pretrained_model` of either major version.
+
+    Returns the arguments for `load_checkpoint`, and a function that gives its result the form that the caller expects.
+    """
+    given = signature(hook).bind(model, *args, **kwargs).arguments
+    if "load_config" in given:  # 5.x
+        from transformers.utils.loading_report import LoadStateDictInfo
+
+        config = given["load_config"]
+        renamings = dict(_user_renamings(config.weight_mapping))
+        request: tuple[Any, ...] = (config.dtype, config.device_map, config.disk_offload_folder, renamings)
+        unsupported = config.device_mesh
+        names = tuple(signature(LoadStateDictInfo).parameters)
+
+        def finish(index: Any) -> Any:
+            empty: dict[str, Any] = {name: {} if name == "conversion_errors" else set() for name in names}
+            return LoadStateDictInfo(**{**empty, "error_msgs": []}), index
+    else:  # 4.57
+        get = given.get
+        request = (get("dtype"), get("device_map"), get("disk_offload_folder"), get("key_mapping"))
+        unsupported = get("device_mesh")
+
+        def finish(index: Any) -> Any:
+            return model, [], [], [], index, []
+
+    if unsupported is not None:
+        raise ValueError("tensor parallel loading (tp_plan) is not supported; use device_map.")
+    fields = ("dtype", "device_map", "offload_folder", "key_mapping")
+    wanted = {"files": given.get("checkpoint_files"), "state_dict": given.get("state_dict")}
+    return {**wanted, **dict(zip(fields, request, strict=True))}, finish
+
+
+def _user_renamings(weight_mapping: list[Any] | None) -> Iterator[tuple[str, str]]:
+    """The renamings that a caller of 5.x gave as key_mapping; the library's own legacy ones concern other models."""
+    for transform in weight_mapping or []:
+        sources, targets = transform.source_patterns, transform.target_patterns
+        if len(sources) == len(targets) == 1 and type(transform).__name__ == "WeightRenaming":
+            yield sources[0], targets[0]
 
 
 def set_stacked_names(model: nn.Module, stacked: bool) -> None:

@@ -24,7 +24,7 @@ AUTO_CONTEXT = 32768  # tokens of one sequence for which expert_cache="auto" lea
 AUTO_CHUNK = 4096  # of them at once
 
 # Bytes of whatever is neither packed nor the router's bias.
-DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 WEIGHT_KINDS = (
     "attention",
     "norms",
@@ -38,8 +38,6 @@ WEIGHT_KINDS = (
     "projector",
 )
 
-# For keys and values while they are expanded, or for scores, of one layer's call.
-WORKSPACE_BYTES = 256 * 2**20
 # Per query and key: the boolean mask, SDPA's additive copy in bf16, and that copy padded to 16 columns.
 MASK_BYTES = 5
 VISION_PATCHES = 16384  # of one item: `in_patch_limit` of preprocessor_config.json, or 4 frames of 4096
@@ -51,7 +49,7 @@ def weight_bytes(config: KimiK25Config, dtype: str = "bfloat16") -> dict[str, di
 
     Only int4 words, scales and shapes, and the router's bias, keep their size in another dtype.
     """
-    text, size = config.text_config, DTYPES[dtype]
+    text, size = config.text_config, DTYPE_BYTES[dtype]
     table, head = text.vocab_size * text.hidden_size * size, "language_model."
     modules = {
         "vision_tower": {"vision": _vision_elements(config.vision_config) * size},

@@ -14,6 +14,7 @@ Which expert goes when a slot is needed: the one of least worth, where each use 
 LFU for a long one). All decay alike, so log2(worth) + age needs no update until the next use.
 """
 
+import functools
 import heapq
 import math
 import threading
@@ -31,7 +32,7 @@ from .kimi_files import Range, Shard, bytes_of, empty_for_weights, landing
 from .kimi_safetensors import Source
 
 Key = tuple[int, int]  # layer, expert
-READERS = 4  # threads that read; see LOG.md
+READERS = 4  # threads that read; see docs/history.md
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -68,7 +69,7 @@ class ExpertFiles:
 
     def tasks(self, key: Key, out: dict[str, torch.Tensor]) -> list[Callable[[], None]]:
         """What fills the tensors of a slot: one call for each projection, for threads of their own."""
-        return [lambda parts=parts: self._read(key, parts, out) for parts in self.parts[key].values()]
+        return [functools.partial(self._read, key, parts, out) for parts in self.parts[key].values()]
 
     def _read(self, key: Key, parts: list[Part], out: dict[str, torch.Tensor]) -> None:
         start = time.perf_counter()

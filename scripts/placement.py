@@ -24,7 +24,7 @@ from kimi.kimi_machine import (
     Machine,
 )
 from kimi.kimi_sizes import (
-    DTYPES,
+    DTYPE_BYTES,
     cache_bytes_per_token,
     expert_bytes,
     text_workspace_bytes,
@@ -58,7 +58,7 @@ class Job:
 
     @cached_property
     def size(self) -> int:
-        return DTYPES[self.dtype]
+        return DTYPE_BYTES[self.dtype]
 
     @cached_property
     def modules(self) -> dict[str, dict[str, int]]:

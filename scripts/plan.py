@@ -51,7 +51,7 @@ from kimi.kimi_machine import (
     parse_gpus,
     parse_size,
 )
-from kimi.kimi_sizes import DTYPES, WEIGHT_KINDS, expert_bytes, vision_workspace_bytes
+from kimi.kimi_sizes import DTYPE_BYTES, WEIGHT_KINDS, expert_bytes, vision_workspace_bytes
 
 from .placement import OUTSIDES, PATHS, Job, Placement, Run, attempt, find_placement, ram_budget
 
@@ -171,8 +171,8 @@ def _validate(machine: Machine, job: Job) -> None:
         )
     if job.batch < 1:
         raise ValueError(f"batch is {job.batch}; at least one sequence must be planned.")
-    if job.dtype not in DTYPES:
-        raise ValueError(f'dtype "{job.dtype}" is not one of {", ".join(DTYPES)}.')
+    if job.dtype not in DTYPE_BYTES:
+        raise ValueError(f'dtype "{job.dtype}" is not one of {", ".join(DTYPE_BYTES)}.')
     if any(gpu.total_bytes <= 0 or gpu.bandwidth <= 0 for gpu in machine.gpus):
         raise ValueError(f"a GPU needs memory and bandwidth above 0, got {machine.gpus}.")
     for name, size in (("ram_bytes", machine.ram_bytes), ("disk_bytes", machine.disk_bytes)):
