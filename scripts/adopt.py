@@ -98,15 +98,14 @@ def merge_config(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]
     """The folder's config.json for this repository's code. `ours` has its token ids moved to the folder's vocabulary."""
     merged = copy.deepcopy(theirs)
     merged["auto_map"], merged["architectures"] = ours["auto_map"], ours["architectures"]
-    for name in (
-        "tie_word_embeddings",
-        "media_placeholder_token_id",
-    ):  # transformers' own defaults are others
+    # Where they are missing, transformers 5 ties the embeddings and the placeholder is the published one.
+    for name in ("tie_word_embeddings", "media_placeholder_token_id"):
         merged.setdefault(name, ours[name])
-    for name in ("text_config", "vision_config"):
-        if isinstance(merged.get(name), dict):
-            merged[name].pop("auto_map", None)  # names files of the published code
-    for part in (merged, merged["text_config"]):
+    for part in ("text_config", "vision_config"):
+        if isinstance(merged.get(part), dict):
+            merged[part].pop("auto_map", None)  # names files of the published code
+    parts: list[dict[str, Any]] = [merged, merged["text_config"]]
+    for part in parts:
         if ours["eos_token_id"] not in as_list(part.get("eos_token_id")):
             part["eos_token_id"] = ours["eos_token_id"]
     return merged

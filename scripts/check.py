@@ -23,9 +23,8 @@ from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 from kimi.tokenization_kimi import NAMED_TOKENS, NUM_RESERVED, TikTokenTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-PUBLISHED_TIKTOKEN = (
-    "b6c497a7469b33ced9c38afb1ad6e47f03f5e5dc05f15930799210ec050c5103"  # sha256, of the whole K2 family
-)
+# SHA-256 of the vocabulary that the whole K2 family has.
+PUBLISHED_TIKTOKEN = "b6c497a7469b33ced9c38afb1ad6e47f03f5e5dc05f15930799210ec050c5103"
 PUBLISHED_BASE = 163_584
 PUBLISHED_BYTES = 595_148_192_736
 MEDIA_KEYS = (

@@ -131,9 +131,8 @@ class Service:
         if self.api_key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(
-            given.strip().encode("latin-1"), self.api_key.encode()
-        )  # headers are bytes
+        # Headers are bytes, which starlette decodes as latin-1.
+        right = hmac.compare_digest(given.strip().encode("latin-1"), self.api_key.encode())
         if scheme.lower() != "bearer" or not right:
             what = "The API key is wrong" if given else "No API key was given"
             raise ApiError(

@@ -102,3 +102,9 @@ def test_the_script_prints_computed_against_total(history, capsys):
     computed = sum(turn.num_computed for turn in turns) + len(history.cached_ids)
     assert f"{computed} tokens computed; without the cache" in printed
     assert all(turn.num_computed < turn.num_total / 4 for turn in turns)
+
+
+def test_the_command_needs_no_checkpoint_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["shared_history.py", "--max-new-tokens", "1"])
+    example.main()
+    assert "tokens computed; without the cache it would have been" in capsys.readouterr().out
