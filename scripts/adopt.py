@@ -101,9 +101,9 @@ def merge_config(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]
     # Where they are missing, transformers 5 ties the embeddings and the placeholder is the published one.
     for name in ("tie_word_embeddings", "media_placeholder_token_id"):
         merged.setdefault(name, ours[name])
-    for part in ("text_config", "vision_config"):
-        if isinstance(merged.get(part), dict):
-            merged[part].pop("auto_map", None)  # names files of the published code
+    for name in ("text_config", "vision_config"):
+        if isinstance(merged.get(name), dict):
+            merged[name].pop("auto_map", None)  # names files of the published code
     parts: list[dict[str, Any]] = [merged, merged["text_config"]]
     for part in parts:
         if ours["eos_token_id"] not in as_list(part.get("eos_token_id")):
