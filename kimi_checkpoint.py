@@ -273,7 +273,7 @@ class Filling:
             self.parameters[wanted.path] = _allocate(wanted, source, self.dtype, device)
 
     def _read(self, batch: list[Piece], shard: Shard | None) -> None:
-        """Straight into the parameters; by way of memory of its own only for another dtype or device."""
+        """Directly into the parameters; through a buffer only for another dtype or device."""
         ranges, buffers = [], []
         for wanted, source, first, last in batch:
             place = wanted.place_in(self.parameters[wanted.path]).reshape(-1)[first:last]

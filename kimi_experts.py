@@ -5,7 +5,7 @@ outputs and M inputs.
 
 A layer's experts are stacked by projection: one (E, N, M/8) int32 tensor where the checkpoint has E matrices named
 `experts.{e}.gate_proj.weight_packed`. Stacking makes a model of 61 layers in milliseconds and hands a kernel one
-pointer; state_dict() and load_state_dict() speak the checkpoint's names.
+pointer; state_dict() and load_state_dict() use the checkpoint's names.
 
     ExpertMatrices   one projection of all experts, as the products take it
     Experts          the module: parameters, names, loading and saving

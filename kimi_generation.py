@@ -67,15 +67,15 @@ class KimiGenerationMixin(GenerationMixin):
                 "pixel_values need input_ids, whose <|media_pad|> tokens say where the features go, and no inputs_embeds."
             )
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values") or kwargs.get("cache")
+        # A mask that is longer than the ids covers cached tokens that are not given again.
+        has_columns = mask is not None and mask.ndim == 2
+        first_column = max(mask.shape[1] - prompt.shape[1], 0) if has_columns else 0
         return read_prompt_media(
             prompt == self.config.media_placeholder_token_id,
             pixel_values,
             grid_thws,
             num_cached=int(cache.get_seq_length()) if cache is not None else 0,
-            # A mask that is longer than the ids covers cached tokens that are not given again.
-            first_column=max(mask.shape[1] - prompt.shape[1], 0)
-            if mask is not None and mask.ndim == 2
-            else 0,
+            first_column=first_column,
             max_frames=self.config.vision_config.init_pos_emb_time,
             merge=self.config.vision_config.merge_kernel_size,
         )
@@ -125,7 +125,7 @@ class KimiGenerationMixin(GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> dict:
-        """Media are inserted once, in the prefill; with a cache their features live on in it."""
+        """Media are inserted once, in the prefill; with a cache their features stay in it."""
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         if model_kwargs.get("use_cache", True):
             model_kwargs.pop("prompt_media", None)
@@ -138,7 +138,9 @@ class PromptMedia:
     def __init__(
         self, places: Tensor, pixel_values: Tensor, grids: list[Grid], merge: Sequence[int], first_column: int
     ):
-        self.places = places.cpu()  # (B, T); the indices below are computed on the host, without a wait each
+        self.places = (
+            places.cpu()
+        )  # (B, T); the indices below are computed on the host, without a device wait for each
         self.pixel_values, self.grids, self.merge = pixel_values, grids, merge
         self.first_column = first_column
         self.tokens = torch.tensor(count_tokens(grids, merge))  # (N,)
@@ -159,7 +161,7 @@ class PromptMedia:
         return columns.repeat_interleave(num_rows // len(table), dim=0)
 
     def reach(self, start: int, num_tokens: int) -> bool:
-        """Whether a place lies among `num_tokens` tokens from position `start` on."""
+        """Whether a place is among `num_tokens` tokens from position `start` on."""
         return bool(self.window(self.places, start, num_tokens, len(self.places)).any())
 
     def insert(self, inputs_embeds: Tensor, start: int, encode: Encode) -> Tensor:
@@ -208,7 +210,7 @@ def read_prompt_media(
 
     Args:
         places: (B, T) bool, of all ids that `generate` was given.
-        num_cached: tokens that the given cache holds. Media whose places all lie there may be given again or left out.
+        num_cached: tokens that the given cache holds. Media whose places are all there may be given again or left out.
         first_column: how many cached tokens are not among the ids.
         sizes: `max_frames` and `merge`, as `read_grids` takes them.
     """

@@ -1,13 +1,13 @@
-"""Experts that do not fit memory: they stay in the published safetensors files, and a pool holds the busy ones.
+"""Experts that do not fit memory: they stay in the published safetensors files, and a pool holds those used most.
 
     from_pretrained(..., expert_cache="auto" | bytes)
 
 An expert is 3 matrices, 24.8 MB at full size, and a token takes 8 of 384 in each layer. So memory is managed by the
-expert, not by the layer: `kimi_slots.py` has the slots, this file the module that computes with them,
-`kimi_sizes.py` the sums that say how many there can be. Attention, shared experts, routers and embeddings are ordinary parameters.
+expert, not by the layer: `kimi_slots.py` has the slots, this file the module that computes with them, `kimi_sizes.py`
+the sums that say how many there can be. Attention, shared experts, routers and embeddings are ordinary parameters.
 
 Results are those of resident experts, bit for bit, on the CPU backends and the reference: the same function multiplies
-the same words, and sums run in the order of expert ids, wherever an expert happens to lie.
+the same words, and sums run in the order of expert ids, whichever slot an expert is in.
 """
 
 import math
@@ -121,7 +121,7 @@ class PooledExperts(Experts):
             )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        return nn.Module._apply(self, fn, recurse)  # slots stay where the pool put them; rows travel
+        return nn.Module._apply(self, fn, recurse)  # slots stay on the pool's device; rows are moved to them
 
 
 class NoGradient(torch.autograd.Function):
@@ -144,8 +144,8 @@ def run_pooled(
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """What `Experts.forward` does, with the same backend (None: the plain code). Few rows run in groups whose experts fit the slots together;
-    many rows by expert, in ascending order as with resident ones, each when it is there."""
+    """What `Experts.forward` does, with the same backend (None: the plain code). Few rows run in groups whose experts fit
+    the slots together; many rows by expert, in ascending order as with resident ones, each when it is in its slot."""
     run = backend or run_experts
     if runs_by_expert(backend, len(x)):
         return run(x, topk_ids, topk_weights, *experts.matrices_in(visit, lazy=True))
@@ -203,7 +203,7 @@ class CacheRequest:
 
 
 class ExpertPool:
-    """The caches of a model's pooled layers, one for each device that holds some, and the files behind them.
+    """The caches of a model's pooled layers, one for each device that holds some, and the files they are read from.
 
     Made with the model, before any weight is read; `open` gives it files and memory. Raises ValueError for a size that
     is negative, too small for one layer's choices, or more than there is.
@@ -247,7 +247,7 @@ class ExpertPool:
         devices: Sequence[torch.device],
         dtypes: dict[str, torch.dtype],
     ) -> None:
-        """Makes the slots: `layers` lie on `devices`; `dtypes` are the parameters' in memory."""
+        """Makes the slots: `layers` are on `devices`; `dtypes` are the parameters' in memory."""
         self.files = files
         self.names = {p.name: p for ps in files.parts.values() for parts in ps.values() for p in parts}
         first = layers[0]
@@ -281,7 +281,7 @@ class ExpertPool:
     def _ram_tier(
         self, files: ExpertFiles, layout: dict, one: int, num_layers: int, most: int
     ) -> SlotCache | None:
-        """Slots in RAM behind those of an accelerator, in an even share of what is free."""
+        """A second tier of slots in RAM for those of an accelerator, in an even share of what is free."""
         devices = len(set(self.device_of.values()))
         capacity = min(max(free_bytes(torch.device("cpu"), self.config), 0) // devices // one, most)
         if capacity <= READERS:
@@ -298,7 +298,7 @@ class ExpertPool:
         return self.caches[self.device_of[layer]]
 
     def all_caches(self) -> Iterator[SlotCache]:
-        """Those next to layers, and those behind them."""
+        """Those that layers compute with, and their second tiers."""
         for cache in self.caches.values():
             yield cache
             if isinstance(cache.source, SlotCache):

@@ -1,12 +1,12 @@
 """from_pretrained and save_pretrained, on both major versions of transformers.
 
     KimiPretrainedMixin     before PreTrainedModel among the bases; asks only `self` and its modules
-      from_pretrained         checks keywords, `expert_cache=`; damaged files become one sentence
+      from_pretrained         checks keywords, `expert_cache=`; damaged files are one clear OSError
       _load_pretrained_model  where both versions read weights: replaced by `kimi_checkpoint.load_checkpoint`
       save_pretrained         published names and bytes, by `kimi_checkpoint.save_checkpoint`
       num_parameters          logical weights
 
-state_dict() of stacked experts speaks the checkpoint's names. Hooks that move weights (accelerate's) ask by parameter
+state_dict() of stacked experts gives the checkpoint's names. Hooks that move weights (accelerate's) ask by parameter
 name instead, so modules with an attribute `stacked_names` have it set while they are being attached.
 """
 
@@ -87,7 +87,7 @@ class KimiPretrainedMixin(Base):
 
     @classmethod
     def _load_pretrained_model(cls, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        """Where both majors read weights, replaced by `load_checkpoint`; arguments and result differ between them."""
+        """Where both major versions read weights, replaced by `load_checkpoint`; arguments and result differ between them."""
         set_stacked_names(model, True)
         request, finish = loading_result(model, PreTrainedModel._load_pretrained_model, args, kwargs)
         return finish(load_checkpoint(model, **request))

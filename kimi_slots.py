@@ -5,7 +5,7 @@
     SlotCache     S slots on one device; a slot holds one expert of any layer. Slots of a projection are one
                   (S, N, M/8) tensor, so the products of `kimi_experts.py` multiply with them as they are
     Visit         one pass of a layer over the experts that its router chose: reads run ahead in threads while
-                  experts that are there compute
+                  experts that are in memory compute
 
 A SlotCache reads from ExpertFiles, or from another SlotCache: slots of an accelerator are filled from slots in RAM.
 

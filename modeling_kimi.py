@@ -482,7 +482,7 @@ def route(
     """Chooses `top_k` experts by scores + bias, both fp32, from the `topk_group` best groups: (R, E) to (R, K) ids.
 
     A group's score is the sum of its two best. Closed groups get -inf, not 0: with negative biases an open
-    expert may lie below 0.
+    expert may be below 0.
     """
     choice = scores + bias
     if topk_group < n_group:
