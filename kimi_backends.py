@@ -33,10 +33,11 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from .kimi_cpu import (
+    MAX_LATENT,
     absorb,
-    expert_int4,
-    experts_int4,
-    has_expert_product,
+    expert_int4_tiles,
+    experts_int4_few_rows,
+    has_expert_tiles,
     has_prefill_attention,
     linear_bf16,
     prefill_attention,
@@ -60,10 +61,9 @@ logger = logging.get_logger(__name__)
 # Measured on CPUs; see docs/history.md.
 LINEAR_ROWS = 4  # up to which our product wins; from 8 rows on PyTorch's does
 ABSORB_QUERIES_ON_CPU = 8  # new tokens up to which the compiled code does absorbed attention
-EXPERT_ROWS = (
-    16  # rows of one expert up to which reading its words for each row is faster than unpacking them once
-)
-EXPERT_ROWS_BESIDE_TILES = 3  # ... where unpacking goes straight into the tiles of AMX
+# Rows of one expert up to which reading its words for each row is faster than unpacking them once; and the same where
+# they are unpacked directly into the tiles of AMX.
+EXPERT_ROWS, EXPERT_ROWS_BESIDE_TILES = 16, 3
 
 # New tokens up to which attention runs on the latent. On paper c(dn + dv) / (2c - dn - dv) = 171 against a long cache,
 # 0 without one; see `choose_path`. Measured on a CPU between 40 and 60; accelerators were not measured.
@@ -71,7 +71,6 @@ ABSORB_UP_TO, ABSORB_UP_TO_ON_CPU = 128, 48
 
 MLP_ROWS = 4096  # of a long prompt at once: inner values are wider than the stream
 MOE_ROWS = 8192  # more, since each part unpacks its experts anew
-LATENT_WIDTH_ON_CPU = 4096  # values of a latent that the compiled code has room for
 
 
 def is_recorded(*tensors: torch.Tensor) -> bool:
@@ -175,8 +174,8 @@ def why_not_absorb_on_cpu(
         return "it computes no gradients"
     if not up.is_contiguous() or latent.stride(-1) != 1 or k_pe.stride(-1) != 1:
         return "kv_b_proj and the cache must be contiguous in their last dimension"
-    if latent.shape[-1] > LATENT_WIDTH_ON_CPU:
-        return f"kv_lora_rank {latent.shape[-1]} exceeds {LATENT_WIDTH_ON_CPU}"
+    if latent.shape[-1] > MAX_LATENT:
+        return f"kv_lora_rank {latent.shape[-1]} exceeds {MAX_LATENT}"
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace it"
     return why_unavailable()
@@ -414,22 +413,22 @@ def run_experts_cpu(
     packed = [cast(Packed, (matrix.weight, matrix.scale)) for matrix in (gate, up, down)]
     x, choices = x.contiguous(), topk_ids.shape[-1]
     if len(x) <= EXPERT_ROWS:
-        return experts_int4(x, topk_ids.contiguous(), topk_weights.contiguous(), packed)
+        return experts_int4_few_rows(x, topk_ids.contiguous(), topk_weights.contiguous(), packed)
     order = topk_ids.flatten().argsort(stable=True)  # pairs, by expert
     experts, rows = topk_ids.flatten()[order], order // choices
     weights = topk_weights.flatten()[order].unsqueeze(-1)
     counts = experts.bincount(minlength=gate.num_experts)
     output = torch.zeros(x.shape, dtype=torch.float32)
-    with_tiles = has_expert_product()
+    with_tiles = has_expert_tiles()
     limit = EXPERT_ROWS_BESIDE_TILES if with_tiles else EXPERT_ROWS
     few = (counts <= limit)[experts]
     if few.any():
         few_rows, few_weights = rows[few], weights[few]
         for part, places in gate.batches(experts[few]):
-            y = experts_int4(x[few_rows[part]], places.unsqueeze(-1), few_weights[part], packed)
+            y = experts_int4_few_rows(x[few_rows[part]], places.unsqueeze(-1), few_weights[part], packed)
             output.index_add_(0, few_rows[part], y)
     if with_tiles:
-        run_one = expert_int4(x, rows, weights, packed, output)
+        run_one = expert_int4_tiles(x, rows, weights, packed, output)
     else:
         run_one = unpacked_expert(x, rows, weights, (gate, up, down), output)
     start = 0

@@ -1,10 +1,12 @@
-"""Products with packed int4 and bf16 matrices, and attention, on a CPU: the doors to the C of `kimi_cpu_code.py`.
+"""Products with packed int4 and bf16 matrices, and attention, on a CPU: Python bindings for the C of csrc/.
 
 A decoded token reads each weight once, so what counts is bytes per second. PyTorch's own bf16 product of one row with a
 matrix reaches about a third of the memory's rate, and nothing in it reads int4 words as the checkpoint has them; for
 many rows it wants the experts unpacked first. The C does both at the speed of memory and of the matrix unit. It is
 compiled once, by the C compiler of the machine, into the user's cache folder; where there is no compiler (or the
 environment says KIMI_CPU_CODE=0) plain torch does the same work.
+
+C sees only pointers, so each function here checks its tensors first and raises a ValueError that describes them.
 """
 
 import atexit
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from .kimi_cpu_code import SOURCE
+from .kimi_cpu_source import SOURCE
 
 # What they take: l a long, f a float, p a pointer.
 FUNCTIONS = {
@@ -29,12 +31,15 @@ FUNCTIONS = {
     "rms_norm": "llf ppp",
     "rotary": "llll ppppp",
     "unpack_int4": "ll ppp",
-    "experts_int4": "llll ppp pppppp p",
-    "expert_int4": "lllll ppp pppppp p",
+    "experts_int4_few_rows": "lllll ppp pppppp p",
+    "expert_int4_tiles": "lllll ppp pppppp p",
     "absorb": "llllllll f pppp ll p ll p l p",
     "prefill_attention": "llllllll f pp pp pp pp p l pp",
     "use_tiles": "l",
 }
+
+
+BAD_ID = 2  # what csrc/common.h calls so: an expert id outside the stacks
 
 
 class Unavailable(RuntimeError):
@@ -126,28 +131,59 @@ def why_unavailable() -> str | None:
     return None
 
 
+Packed = list[tuple[torch.Tensor, torch.Tensor]]  # (words, scales) of gate, up and down
+MAX_LATENT = 4096  # values of a latent that csrc/absorb.c has room for
+
+
+def refuse(function: str, needs: str, **tensors: torch.Tensor | None) -> ValueError:
+    """What to raise for tensors that C would read as something else."""
+    given = ", ".join(
+        f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)} on {t.device} with strides {t.stride()}"
+        for name, t in tensors.items()
+        if t is not None
+    )
+    return ValueError(f"{function} takes {needs}; got {given}.")
+
+
+def is_plain(*tensors: torch.Tensor) -> bool:
+    """Whether all are bf16 in RAM."""
+    return all(tensor.dtype == torch.bfloat16 and tensor.is_cpu for tensor in tensors)
+
+
 def linear_bf16(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """x (..., M) times the transpose of weight (N, M), contiguous, both bf16 on the CPU; (..., N), sums in fp32, which is
     given as it is for `dtype` float32, otherwise rounded to bf16."""
+    if not (is_plain(x, weight) and weight.is_contiguous() and x.shape[-1:] == weight.shape[1:]):
+        raise refuse("linear_bf16", "bf16 x (..., M) and contiguous weight (N, M)", x=x, weight=weight)
     outputs, inputs = weight.shape
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
-    places = (None, y.data_ptr()) if dtype == torch.float32 else (y.data_ptr(), None)
-    library().linear_bf16(x.numel() // inputs, outputs, inputs, x.data_ptr(), weight.data_ptr(), *places)
+    pointers = (None, y.data_ptr()) if dtype == torch.float32 else (y.data_ptr(), None)
+    rows = x.numel() // max(inputs, 1)
+    library().linear_bf16(rows, outputs, inputs, x.data_ptr(), weight.data_ptr(), *pointers)
     return y
 
 
 def rms_norm_bf16(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x (..., M) over its root mean square, rounded to bf16, times weight (M); contiguous bf16, sums in fp32."""
+    contiguous = x.is_contiguous() and weight.is_contiguous()
+    if not (is_plain(x, weight) and contiguous and x.shape[-1:] == weight.shape):
+        raise refuse("rms_norm_bf16", "contiguous bf16 x (..., M) and weight (M)", x=x, weight=weight)
     y = torch.empty_like(x)
     width = x.shape[-1]
-    library().rms_norm(x.numel() // width, width, eps, x.data_ptr(), weight.data_ptr(), y.data_ptr())
+    rows = x.numel() // max(width, 1)
+    library().rms_norm(rows, width, eps, x.data_ptr(), weight.data_ptr(), y.data_ptr())
     return y
 
 
 def rotary_bf16(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x (B, h, T, dr) bf16, its pairs turned by the angles of cos and sin (B or 1, T, dr/2); all first members, then all
     second ones, contiguous. The last dimension of x has stride 1."""
+    angles = x.shape[2], x.shape[3] // 2
+    fits = cos.shape == sin.shape and cos.shape[1:] == angles and cos.shape[0] in (1, x.shape[0])
+    if not (is_plain(x) and fits and cos.is_cpu and sin.is_cpu and x.stride(-1) == 1 and x.shape[3] % 2 == 0):
+        needs = "bf16 x (B, h, T, dr) and cos and sin (B or 1, T, dr/2)"
+        raise refuse("rotary_bf16", needs, x=x, cos=cos, sin=sin)
     cos, sin = (table.float().expand(len(x), -1, -1).contiguous() for table in (cos, sin))
     y = x.new_empty(x.shape)
     strides = (ctypes.c_long * 3)(*x.stride()[:3])
@@ -158,24 +194,57 @@ def rotary_bf16(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 def unpack_int4_bf16(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Writes (N, M/8) words times (N, M/32) bf16 scales into `out`, (N, M) bf16."""
     rows, inputs = out.shape
+    check_packed("unpack_int4_bf16", packed, scale, (rows, inputs))
+    if not (is_plain(out) and out.is_contiguous()):
+        raise refuse("unpack_int4_bf16", "contiguous bf16 out (N, M)", out=out)
     library().unpack_int4(rows, inputs, packed.data_ptr(), scale.data_ptr(), out.data_ptr())
     return out
 
 
-def experts_int4(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    matrices: list[tuple[torch.Tensor, torch.Tensor]],
+def check_packed(function: str, words: torch.Tensor, scale: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless they are packed matrices of this shape, (N, M) or (E, N, M)."""
+    *rows, inputs = shape
+    fits = words.shape == (*rows, inputs // 8) and scale.shape == (*rows, inputs // 32) and inputs % 32 == 0
+    fits = fits and words.dtype == torch.int32 and words.is_cpu and is_plain(scale)
+    if not (fits and words.is_contiguous() and scale.is_contiguous()):
+        needs = f"contiguous int32 words and bf16 scales of {shape} weights, inputs a multiple of 32"
+        raise refuse(function, needs, words=words, scale=scale)
+
+
+def check_experts(function: str, x: torch.Tensor, matrices: Packed) -> tuple[int, int, int]:
+    """H, I and E of x (R, H) and the stacks of gate (E, I, H), up (E, I, H) and down (E, H, I)."""
+    if not (is_plain(x) and x.ndim == 2 and x.is_contiguous()):
+        raise refuse(function, "contiguous bf16 x (R, H)", x=x)
+    width, (experts, inner, _) = x.shape[1], matrices[0][0].shape
+    shapes = (experts, inner, width), (experts, inner, width), (experts, width, inner)
+    for (words, scale), shape in zip(matrices, shapes, strict=True):
+        check_packed(function, words, scale, shape)
+    return width, inner, experts
+
+
+def experts_int4_few_rows(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, matrices: Packed
 ) -> torch.Tensor:
-    """All chosen experts for a few rows in one call: x (R, H) bf16, ids (R, K) int64, weights (R, K) fp32, and (packed,
+    """All chosen experts for a few rows in one call: x (R, H) bf16, ids (R, K) int64, weights (R, K) fp32, and (words,
     scale) stacks of gate, up and down. Returns the weighted sums, (R, H) fp32, the same ones on every run."""
-    rows, width = x.shape
-    output = torch.empty(rows, width, dtype=torch.float32)
-    sizes = (rows, ids.shape[1], width, matrices[0][0].shape[1])
+    width, inner, experts = check_experts("experts_int4_few_rows", x, matrices)
+    fits = ids.shape == weights.shape and ids.shape[:1] == x.shape[:1] and ids.ndim == 2
+    fits = (
+        fits and ids.dtype == torch.int64 and weights.dtype == torch.float32 and ids.is_cpu and weights.is_cpu
+    )
+    if not (fits and ids.is_contiguous() and weights.is_contiguous()):
+        needs = "contiguous int64 ids (R, K) and fp32 weights (R, K) for the rows of x"
+        raise refuse("experts_int4_few_rows", needs, x=x, ids=ids, weights=weights)
+    output = torch.empty(len(x), width, dtype=torch.float32)
     tensors = [x, ids, weights, *(tensor for pair in matrices for tensor in pair), output]
-    if library().experts_int4(*sizes, *(tensor.data_ptr() for tensor in tensors)):
-        raise MemoryError(f"no memory for the intermediate results of {rows} rows")
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    status = library().experts_int4_few_rows(len(x), ids.shape[1], width, inner, experts, *pointers)
+    if status == BAD_ID:
+        raise ValueError(
+            f"expert ids from {int(ids.min())} to {int(ids.max())}, but the stacks have {experts} experts."
+        )
+    if status:
+        raise MemoryError(f"no memory for the intermediate results of {len(x)} rows")
     return output
 
 
@@ -191,18 +260,25 @@ def absorb(
     """Absorbed attention of one layer in one call, bf16.
 
     q_nope (B, h, T, dn), q_pe (B, h, T, dr), up (h, dn + dv, c) contiguous, latent (B, 1, S, c) and k_pe (B, 1, S, dr)
-    with any batch and token strides, mask (B or 1, 1, T, S) boolean or None; returns (B, T, h, dv).
+    with any batch and token strides, mask (B or 1, 1, T or 1, S) boolean or None; returns (B, T, h, dv).
     """
     batch, heads, num_new, nope = q_nope.shape
     num_total, width = latent.shape[2:]
-    v_dim = up.shape[1] - nope
+    v_dim, rope = up.shape[1] - nope, k_pe.shape[-1]
+    fits = is_plain(q_nope, q_pe, up, latent, k_pe) and up.is_contiguous() and width <= MAX_LATENT
+    fits = fits and latent.stride(3) == k_pe.stride(3) == 1 and num_total > 0 and v_dim >= 0
+    fits = fits and q_pe.shape == (batch, heads, num_new, rope) and up.shape[::2] == (heads, width)
+    fits = fits and latent.shape[:2] == (batch, 1) and k_pe.shape == (batch, 1, num_total, rope)
+    if not (fits and mask_fits(mask, batch, num_new, num_total)):
+        needs = (
+            "bf16 q_nope (B, h, T, dn), q_pe (B, h, T, dr), contiguous up (h, dn + dv, c), latent (B, 1, S, c), k_pe (B, 1,"
+            f" S, dr) with S > 0 and c <= {MAX_LATENT}, and a boolean mask (B or 1, 1, T or 1, S) or None"
+        )
+        raise refuse("absorb", needs, q_nope=q_nope, q_pe=q_pe, up=up, latent=latent, k_pe=k_pe, mask=mask)
     output = q_nope.new_empty(batch, num_new, heads, v_dim)
     q_nope, q_pe = q_nope.contiguous(), q_pe.contiguous()
-    mask_batch = 0
-    if mask is not None:
-        mask = mask.expand(-1, 1, num_new, num_total).contiguous()
-        mask_batch = num_new * num_total if mask.shape[0] > 1 else 0
-    sizes = (batch, heads, num_new, num_total, nope, v_dim, width, k_pe.shape[-1])
+    mask, mask_batch = expand_mask(mask, num_new, num_total)
+    sizes = (batch, heads, num_new, num_total, nope, v_dim, width, rope)
     failed = library().absorb(
         *sizes,
         scaling,
@@ -221,6 +297,26 @@ def absorb(
     return output
 
 
+def mask_fits(mask: torch.Tensor | None, batch: int, num_new: int, num_total: int) -> bool:
+    return mask is None or (
+        mask.dtype == torch.bool
+        and mask.is_cpu
+        and mask.ndim == 4
+        and mask.shape[0] in (1, batch)
+        and mask.shape[1] == 1
+        and mask.shape[2] in (1, num_new)
+        and mask.shape[3] in (1, num_total)
+    )
+
+
+def expand_mask(mask: torch.Tensor | None, num_new: int, num_total: int) -> tuple[torch.Tensor | None, int]:
+    """(B or 1, 1, T, S) contiguous, and the bytes from one sequence's mask to the next one's."""
+    if mask is None:
+        return None, 0
+    mask = mask.expand(-1, 1, num_new, num_total).contiguous()
+    return mask, num_new * num_total if mask.shape[0] > 1 else 0
+
+
 @functools.cache
 def has_prefill_attention() -> bool:
     """Whether `prefill_attention` is there: where there are bf16 dot products."""
@@ -228,29 +324,35 @@ def has_prefill_attention() -> bool:
 
 
 @functools.cache
-def has_expert_product() -> bool:
-    """Whether `expert_int4` is there: where there are AMX tiles, and the system lets this process use them."""
-    return why_unavailable() is None and hasattr(library(), "expert_int4") and bool(library().use_tiles(1))
+def has_expert_tiles() -> bool:
+    """Whether `expert_int4_tiles` is there: where there are AMX tiles, and the system lets this process use them."""
+    there = why_unavailable() is None and hasattr(library(), "expert_int4_tiles")
+    return there and bool(library().use_tiles(1))
 
 
-def expert_int4(
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    weights: torch.Tensor,
-    matrices: list[tuple[torch.Tensor, torch.Tensor]],
-    output: torch.Tensor,
+def expert_int4_tiles(
+    x: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor, matrices: Packed, output: torch.Tensor
 ) -> Callable[[int, int, int], None]:
     """A function (place, start, count) that runs the expert at `place` of the stacks for pairs start .. start + count.
 
     It adds weights (P,) fp32 times the expert's outputs for rows (P,) int64 of x (R, H) bf16 to the same rows of output
-    (R, H) fp32; `matrices` are (packed, scale) stacks of gate, up and down. All contiguous; what they are is made out
-    once, since a layer has hundreds of experts.
+    (R, H) fp32; `matrices` are (words, scale) stacks of gate, up and down. All contiguous. Pointers are looked up once per
+    layer, which has hundreds of experts.
     """
+    width, inner, experts = check_experts("expert_int4_tiles", x, matrices)
+    fits = rows.dtype == torch.int64 and weights.dtype == output.dtype == torch.float32
+    fits = fits and rows.numel() == weights.numel() and output.shape == x.shape
+    fits = fits and all(tensor.is_cpu and tensor.is_contiguous() for tensor in (rows, weights, output))
+    if not fits or (rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(x)):
+        needs = "int64 rows (P,) of x, fp32 weights (P,) and output (R, H), contiguous"
+        raise refuse("expert_int4_tiles", needs, x=x, rows=rows, weights=weights, output=output)
     tensors = [x, rows, weights, *(tensor for pair in matrices for tensor in pair), output]
-    arguments = (x.shape[1], matrices[0][0].shape[1], *(tensor.data_ptr() for tensor in tensors))
-    function = library().expert_int4
+    arguments = (width, inner, *(tensor.data_ptr() for tensor in tensors))
+    function, pairs = library().expert_int4_tiles, rows.numel()
 
     def run(place: int, start: int, count: int) -> None:
+        if not (0 <= place < experts and 0 <= start <= start + count <= pairs):
+            raise ValueError(f"expert {place} of {experts}, pairs {start} to {start + count} of {pairs}.")
         if function(place, start, count, *arguments):
             raise MemoryError(f"no memory for the intermediate results of {count} rows")
 
@@ -270,31 +372,43 @@ def prefill_attention(
     """Attention of many new tokens, bf16: scores, softmax and sums in fp32, neither stored whole nor padded.
 
     q_nope (B, h, T, dn), q_pe (B, h, T, dr), kv (B, h, S, dn + dv), k_pe (B, 1, S, dr), any strides but in the last
-    dimension; dn and dr even, dv a multiple of 64. mask (B or 1, 1, T, S) boolean or None. With an offset query t sees
+    dimension; dn and dr even, dv a multiple of 64. mask (B or 1, 1, T or 1, S) boolean or None. With an offset query t sees
     keys up to offset + t. Writes out, (B, h, T, dv), also with any strides. A query that sees nothing gets zeros.
     """
     batch, heads, num_new, nope = q_nope.shape
     num_total, rope = k_pe.shape[2:]
-    mask_batch = 0
-    if mask is not None:
-        mask = mask.expand(-1, 1, num_new, num_total).contiguous()
-        mask_batch = num_new * num_total if mask.shape[0] > 1 else 0
-    four = ctypes.c_long * 4
+    v_dim = out.shape[-1]
+    fits = is_plain(q_nope, q_pe, kv, k_pe, out) and all(
+        t.stride(3) == 1 for t in (q_nope, q_pe, kv, k_pe, out)
+    )
+    fits = fits and q_pe.shape == (batch, heads, num_new, rope) and k_pe.shape[:2] == (batch, 1)
+    fits = fits and kv.shape == (batch, heads, num_total, nope + v_dim) and out.shape[:3] == q_nope.shape[:3]
+    fits = fits and not (nope % 2 or rope % 2 or v_dim % 64) and (offset is None or offset >= 0)
+    if not (fits and mask_fits(mask, batch, num_new, num_total)):
+        needs = (
+            "bf16 q_nope (B, h, T, dn), q_pe (B, h, T, dr), kv (B, h, S, dn + dv), k_pe (B, 1, S, dr) and out (B, h, T, dv),"
+            " dn and dr even, dv a multiple of 64, and a boolean mask (B or 1, 1, T or 1, S) or None"
+        )
+        raise refuse(
+            "prefill_attention", needs, q_nope=q_nope, q_pe=q_pe, kv=kv, k_pe=k_pe, mask=mask, out=out
+        )
+    mask, mask_batch = expand_mask(mask, num_new, num_total)
+    strides_of_four = ctypes.c_long * 4
 
-    def given(tensor: torch.Tensor) -> tuple[int, ctypes.Array]:
-        return tensor.data_ptr(), four(*tensor.stride())
+    def with_strides(tensor: torch.Tensor) -> tuple[int, ctypes.Array]:
+        return tensor.data_ptr(), strides_of_four(*tensor.stride())
 
-    sizes = (batch, heads, num_new, num_total, nope, rope, out.shape[-1], -1 if offset is None else offset)
+    sizes = (batch, heads, num_new, num_total, nope, rope, v_dim, -1 if offset is None else offset)
     failed = library().prefill_attention(
         *sizes,
         scaling,
-        *given(q_nope),
-        *given(q_pe),
-        *given(kv),
-        *given(k_pe),
+        *with_strides(q_nope),
+        *with_strides(q_pe),
+        *with_strides(kv),
+        *with_strides(k_pe),
         None if mask is None else mask.data_ptr(),
         mask_batch,
-        *given(out),
+        *with_strides(out),
     )
     if failed:
         raise MemoryError(f"no memory for the keys and values of {heads} heads and {num_total} tokens")

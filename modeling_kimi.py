@@ -86,8 +86,8 @@ from .kimi_vision import MoonViT, PatchMergerProjector, PositionEmbedding
 if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point names itself
     from .kimi_attention_triton import latent_attention_triton  # noqa: F401
     from .kimi_checkpoint import load_checkpoint  # noqa: F401
-    from .kimi_cpu import experts_int4  # noqa: F401
-    from .kimi_cpu_code import SOURCE  # noqa: F401
+    from .kimi_cpu import linear_bf16  # noqa: F401
+    from .kimi_cpu_source import SOURCE  # noqa: F401
     from .kimi_files import Shard  # noqa: F401
     from .kimi_int4 import int4_linear  # noqa: F401
     from .kimi_int4_triton import run_experts_triton  # noqa: F401

@@ -63,8 +63,8 @@ def assert_as_good_as_torch(got, x, ids, weights, matrices):
 def tiles(request, monkeypatch):
     """Many rows of an expert with the tiles of AMX, where there are any, and without."""
     if request.param == "no tiles":
-        monkeypatch.setattr(kimi_backends, "has_expert_product", lambda: False)
-    elif not kimi_cpu.has_expert_product():
+        monkeypatch.setattr(kimi_backends, "has_expert_tiles", lambda: False)
+    elif not kimi_cpu.has_expert_tiles():
         pytest.skip("this machine has no AMX tiles")
 
 
@@ -105,7 +105,7 @@ def test_one_expert_may_get_everything(rows, tiles):
     assert_as_good_as_torch(run_experts_cpu(x, ids, weights, *matrices), x, ids, weights, matrices)
 
 
-@pytest.mark.skipif(not kimi_cpu.has_expert_product(), reason="this machine has no AMX tiles")
+@pytest.mark.skipif(not kimi_cpu.has_expert_tiles(), reason="this machine has no AMX tiles")
 def test_tiles_are_shared_with_pytorch():
     """Its own bf16 products use them too, between ours and in shapes of their own."""
     matrices, (ids, weights) = layer(), routed(50, 8, 6)
@@ -143,7 +143,7 @@ def test_threads_do_not_change_the_result(rows):
             results.append(run_experts_cpu(x, ids, weights, *matrices))
     finally:
         torch.set_num_threads(before)
-    if rows == 3 or kimi_cpu.has_expert_product():
+    if rows == 3 or kimi_cpu.has_expert_tiles():
         assert results[0].equal(results[1]) and results[0].equal(results[2])
     for result in results:
         assert_as_good_as_torch(result, x, ids, weights, matrices)
@@ -172,7 +172,7 @@ def test_every_code_in_every_place():
         stack_of_one = (pack_int4(weights[None, None].repeat(1, 32, 1)), torch.ones(1, 32, 1).bfloat16())
         down = (pack_int4(torch.eye(32).long()[None]), torch.ones(1, 32, 1).bfloat16())
         ids, one = torch.zeros(32, 1, dtype=torch.long), torch.ones(32, 1)
-        out = kimi_cpu.experts_int4(x, ids, one, [stack_of_one, stack_of_one, down])
+        out = kimi_cpu.experts_int4_few_rows(x, ids, one, [stack_of_one, stack_of_one, down])
         v = weights.float()
         want = (v * torch.sigmoid(v) * v).bfloat16().float()[:, None].expand(32, 32)
         assert_close(out, want, 0.26, f"row {row}: silu(v) v up to 49, rounded to bf16 once")

@@ -39,7 +39,7 @@ TEXT_AND_MEDIA = {
 }
 KERNELS = ("kimi_cpu", "kimi_cpu_source", "kimi_attention_triton", "kimi_int4_triton")
 MOST_LINES = {"modeling_kimi.py": 900}
-MOST_ROOT_ENTRIES = 50
+MOST_ROOT_ENTRIES = 57  # 37 of them are what transformers' loader wants flat, code and configs
 MOST_STATEMENT_LINES = 60
 
 

@@ -1,1 +1,0 @@
-../kimi_cpu_code.py

@@ -1,0 +1,1 @@
+../kimi_cpu_source.py
