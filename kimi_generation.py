@@ -68,14 +68,13 @@ class KimiGenerationMixin(GenerationMixin):
             )
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values") or kwargs.get("cache")
         # A mask that is longer than the ids covers cached tokens that are not given again.
-        has_columns = mask is not None and mask.ndim == 2
-        first_column = max(mask.shape[1] - prompt.shape[1], 0) if has_columns else 0
+        columns = mask.shape[1] if mask is not None and mask.ndim == 2 else 0
         return read_prompt_media(
             prompt == self.config.media_placeholder_token_id,
             pixel_values,
             grid_thws,
             num_cached=int(cache.get_seq_length()) if cache is not None else 0,
-            first_column=first_column,
+            first_column=max(columns - prompt.shape[1], 0),
             max_frames=self.config.vision_config.init_pos_emb_time,
             merge=self.config.vision_config.merge_kernel_size,
         )
