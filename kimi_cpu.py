@@ -147,15 +147,20 @@ def refuse(function: str, needs: str, **tensors: torch.Tensor | None) -> ValueEr
 
 def is_plain(*tensors: torch.Tensor) -> bool:
     """Whether all are bf16 in RAM."""
-    return all(tensor.dtype == torch.bfloat16 and tensor.is_cpu for tensor in tensors)
+    for tensor in (
+        tensors
+    ):  # a loop, which takes half the time of all(...): this is asked for each product of each layer
+        if tensor.dtype is not torch.bfloat16 or not tensor.is_cpu:
+            return False
+    return True
 
 
 def linear_bf16(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """x (..., M) times the transpose of weight (N, M), contiguous, both bf16 on the CPU; (..., N), sums in fp32, which is
     given as it is for `dtype` float32, otherwise rounded to bf16."""
-    if not (is_plain(x, weight) and weight.is_contiguous() and x.shape[-1:] == weight.shape[1:]):
+    outputs, inputs = weight.shape if weight.ndim == 2 else (0, -1)
+    if not (is_plain(x, weight) and weight.is_contiguous() and x.shape[-1] == inputs):
         raise refuse("linear_bf16", "bf16 x (..., M) and contiguous weight (N, M)", x=x, weight=weight)
-    outputs, inputs = weight.shape
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
     pointers = (None, y.data_ptr()) if dtype == torch.float32 else (y.data_ptr(), None)
@@ -166,11 +171,10 @@ def linear_bf16(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torc
 
 def rms_norm_bf16(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x (..., M) over its root mean square, rounded to bf16, times weight (M); contiguous bf16, sums in fp32."""
-    contiguous = x.is_contiguous() and weight.is_contiguous()
-    if not (is_plain(x, weight) and contiguous and x.shape[-1:] == weight.shape):
+    contiguous, width = x.is_contiguous() and weight.is_contiguous(), x.shape[-1]
+    if not (contiguous and is_plain(x, weight) and weight.numel() == width):
         raise refuse("rms_norm_bf16", "contiguous bf16 x (..., M) and weight (M)", x=x, weight=weight)
     y = torch.empty_like(x)
-    width = x.shape[-1]
     rows = x.numel() // max(width, 1)
     library().rms_norm(rows, width, eps, x.data_ptr(), weight.data_ptr(), y.data_ptr())
     return y
@@ -203,9 +207,9 @@ def unpack_int4_bf16(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tenso
 
 def check_packed(function: str, words: torch.Tensor, scale: torch.Tensor, shape: tuple[int, ...]) -> None:
     """Raises ValueError unless they are packed matrices of this shape, (N, M) or (E, N, M)."""
-    *rows, inputs = shape
-    fits = words.shape == (*rows, inputs // 8) and scale.shape == (*rows, inputs // 32) and inputs % 32 == 0
-    fits = fits and words.dtype == torch.int32 and words.is_cpu and is_plain(scale)
+    rows, inputs = shape[:-1], shape[-1]
+    fits = words.shape == (*rows, inputs // 8) and scale.shape == (*rows, inputs // 32) and not inputs % 32
+    fits = fits and words.dtype is torch.int32 and words.is_cpu and is_plain(scale)
     if not (fits and words.is_contiguous() and scale.is_contiguous()):
         needs = f"contiguous int32 words and bf16 scales of {shape} weights, inputs a multiple of 32"
         raise refuse(function, needs, words=words, scale=scale)
