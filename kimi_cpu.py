@@ -147,9 +147,8 @@ def refuse(function: str, needs: str, **tensors: torch.Tensor | None) -> ValueEr
 
 def is_plain(*tensors: torch.Tensor) -> bool:
     """Whether all are bf16 in RAM."""
-    for tensor in (
-        tensors
-    ):  # a loop, which takes half the time of all(...): this is asked for each product of each layer
+    # A loop takes half the time of all(...), and each product of each layer asks.
+    for tensor in tensors:  # noqa: SIM110
         if tensor.dtype is not torch.bfloat16 or not tensor.is_cpu:
             return False
     return True
