@@ -58,7 +58,8 @@ def imports_of(path):
                 continue
         else:
             continue
-        found |= {name.removeprefix("kimi.") for name in names}
+        names = [name.removeprefix("kimi.") for name in names]
+        found.update(names, (name.split(".")[0] for name in names))
     return found
 
 
