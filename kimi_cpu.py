@@ -1,10 +1,11 @@
 """Products with packed int4 and bf16 matrices, and attention, on a CPU: Python bindings for the C of csrc/.
 
 A decoded token reads each weight once, so what counts is bytes per second. PyTorch's own bf16 product of one row with a
-matrix reaches about a third of the memory's rate, and nothing in it reads int4 words as the checkpoint has them; for
-many rows it wants the experts unpacked first. The C does both at the speed of memory and of the matrix unit. It is
-compiled once, by the C compiler of the machine, into the user's cache folder; where there is no compiler (or the
-environment says KIMI_CPU_CODE=0) plain torch does the same work.
+matrix reaches about a third of the memory's bandwidth, and it has no product that reads int4 words as the checkpoint stores
+them: for many rows the experts must be unpacked first. The C does both at the speed of the memory and of the tile unit. It
+is compiled once, by the C compiler of the machine, into the user's cache folder; where there is no compiler (or the
+environment says KIMI_CPU_CODE=0) plain torch does the same work. csrc/common.h says how the C is organised, and
+csrc/experts.c explains the int4 format.
 
 C sees only pointers, so each function here checks its tensors first and raises a ValueError that describes them.
 """
@@ -13,6 +14,7 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -25,7 +27,7 @@ import torch
 
 from .kimi_cpu_source import SOURCE
 
-# What they take: l a long, f a float, p a pointer.
+# The functions of the library and their parameters: l a long, f a float, p a pointer.
 FUNCTIONS = {
     "linear_bf16": "lll pp pp",
     "rms_norm": "llf ppp",
@@ -37,9 +39,9 @@ FUNCTIONS = {
     "prefill_attention": "llllllll f pp pp pp pp p l pp",
     "use_tiles": "l",
 }
-
-
-BAD_ID = 2  # what csrc/common.h calls so: an expert id outside the stacks
+BAD_ID = 2  # as in csrc/common.h: an expert id outside the stacks
+MAX_LATENT = 4096  # as in csrc/absorb.c: how many values a latent may have
+Packed = list[tuple[torch.Tensor, torch.Tensor]]  # (words, scales) of gate, up and down
 
 
 class Unavailable(RuntimeError):
@@ -77,7 +79,7 @@ def openmp_runtime() -> Path | None:
 
 
 def cpu_features() -> str:
-    """What the code was compiled for: the cache may lie in a home that several kinds of machine share."""
+    """What the code was compiled for: several kinds of machine may share one home, and so one cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -86,7 +88,7 @@ def cpu_features() -> str:
 
 
 def cache_folder() -> Path:
-    """A folder that only this user can write to, since what lies in it is executed."""
+    """A folder that only this user can write to, since the library in it is executed."""
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kimi-k2.7-code"
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -113,7 +115,7 @@ def compile_source(compiler: str, flags: list[str], runtime: Path | None, target
         for attempt in attempts:
             done = subprocess.run(attempt, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode == 0:
-                os.replace(built, target)  # at once, so that no other process sees half of it
+                os.replace(built, target)  # in one step, so that no other process sees half of it
                 return
             errors.append(done.stderr.strip().splitlines()[:1])
     raise Unavailable(f"{compiler} could not compile it: {errors}")
@@ -131,12 +133,8 @@ def why_unavailable() -> str | None:
     return None
 
 
-Packed = list[tuple[torch.Tensor, torch.Tensor]]  # (words, scales) of gate, up and down
-MAX_LATENT = 4096  # values of a latent that csrc/absorb.c has room for
-
-
 def refuse(function: str, needs: str, **tensors: torch.Tensor | None) -> ValueError:
-    """What to raise for tensors that C would read as something else."""
+    """The error for tensors that C would read as something else."""
     given = ", ".join(
         f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)} on {t.device} with strides {t.stride()}"
         for name, t in tensors.items()
@@ -157,35 +155,39 @@ def is_plain(*tensors: torch.Tensor) -> bool:
 def linear_bf16(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """x (..., M) times the transpose of weight (N, M), contiguous, both bf16 on the CPU; (..., N), sums in fp32, which is
     given as it is for `dtype` float32, otherwise rounded to bf16."""
-    outputs, inputs = weight.shape if weight.ndim == 2 else (0, -1)
-    if not (is_plain(x, weight) and weight.is_contiguous() and x.shape[-1] == inputs):
+    fits = is_plain(x, weight) and weight.ndim == 2 and weight.is_contiguous()
+    if not (fits and x.shape[-1:] == weight.shape[1:]):
         raise refuse("linear_bf16", "bf16 x (..., M) and contiguous weight (N, M)", x=x, weight=weight)
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"linear_bf16 gives bfloat16 or float32, not {dtype}.")
+    outputs, inputs = weight.shape
     x = x.contiguous()
     y = x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
     pointers = (None, y.data_ptr()) if dtype == torch.float32 else (y.data_ptr(), None)
-    rows = x.numel() // max(inputs, 1)
+    rows = math.prod(x.shape[:-1])
     library().linear_bf16(rows, outputs, inputs, x.data_ptr(), weight.data_ptr(), *pointers)
     return y
 
 
 def rms_norm_bf16(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x (..., M) over its root mean square, rounded to bf16, times weight (M); contiguous bf16, sums in fp32."""
-    contiguous, width = x.is_contiguous() and weight.is_contiguous(), x.shape[-1]
-    if not (contiguous and is_plain(x, weight) and weight.numel() == width):
+    fits = is_plain(x, weight) and x.is_contiguous() and weight.is_contiguous()
+    if not (fits and weight.ndim == 1 and x.shape[-1:] == weight.shape):
         raise refuse("rms_norm_bf16", "contiguous bf16 x (..., M) and weight (M)", x=x, weight=weight)
     y = torch.empty_like(x)
-    rows = x.numel() // max(width, 1)
-    library().rms_norm(rows, width, eps, x.data_ptr(), weight.data_ptr(), y.data_ptr())
+    library().rms_norm(
+        math.prod(x.shape[:-1]), len(weight), eps, x.data_ptr(), weight.data_ptr(), y.data_ptr()
+    )
     return y
 
 
 def rotary_bf16(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x (B, h, T, dr) bf16, its pairs turned by the angles of cos and sin (B or 1, T, dr/2); all first members, then all
     second ones, contiguous. The last dimension of x has stride 1."""
-    angles = x.shape[2], x.shape[3] // 2
-    fits = cos.shape == sin.shape and cos.shape[1:] == angles and cos.shape[0] in (1, x.shape[0])
-    if not (is_plain(x) and fits and cos.is_cpu and sin.is_cpu and x.stride(-1) == 1 and x.shape[3] % 2 == 0):
-        needs = "bf16 x (B, h, T, dr) and cos and sin (B or 1, T, dr/2)"
+    fits = is_plain(x) and x.ndim == 4 and x.stride(3) == 1 and x.shape[3] % 2 == 0
+    fits = fits and cos.shape == sin.shape and cos.shape[1:] == (x.shape[2], x.shape[3] // 2)
+    if not (fits and cos.shape[0] in (1, len(x)) and cos.is_cpu and sin.is_cpu):
+        needs = "bf16 x (B, h, T, dr), dr even and with stride 1, and cos and sin (B or 1, T, dr/2)"
         raise refuse("rotary_bf16", needs, x=x, cos=cos, sin=sin)
     cos, sin = (table.float().expand(len(x), -1, -1).contiguous() for table in (cos, sin))
     y = x.new_empty(x.shape)
@@ -196,32 +198,36 @@ def rotary_bf16(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 def unpack_int4_bf16(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Writes (N, M/8) words times (N, M/32) bf16 scales into `out`, (N, M) bf16."""
-    rows, inputs = out.shape
-    check_packed("unpack_int4_bf16", packed, scale, (rows, inputs))
-    if not (is_plain(out) and out.is_contiguous()):
+    if not (is_plain(out) and out.ndim == 2 and out.is_contiguous()):
         raise refuse("unpack_int4_bf16", "contiguous bf16 out (N, M)", out=out)
-    library().unpack_int4(rows, inputs, packed.data_ptr(), scale.data_ptr(), out.data_ptr())
+    check_packed("unpack_int4_bf16", "packed", packed, scale, tuple(out.shape))
+    library().unpack_int4(*out.shape, packed.data_ptr(), scale.data_ptr(), out.data_ptr())
     return out
 
 
-def check_packed(function: str, words: torch.Tensor, scale: torch.Tensor, shape: tuple[int, ...]) -> None:
+def check_packed(
+    function: str, name: str, words: torch.Tensor, scale: torch.Tensor, shape: tuple[int, ...]
+) -> None:
     """Raises ValueError unless they are packed matrices of this shape, (N, M) or (E, N, M)."""
     rows, inputs = shape[:-1], shape[-1]
     fits = words.shape == (*rows, inputs // 8) and scale.shape == (*rows, inputs // 32) and not inputs % 32
     fits = fits and words.dtype is torch.int32 and words.is_cpu and is_plain(scale)
     if not (fits and words.is_contiguous() and scale.is_contiguous()):
         needs = f"contiguous int32 words and bf16 scales of {shape} weights, inputs a multiple of 32"
-        raise refuse(function, needs, words=words, scale=scale)
+        raise refuse(function, needs, **{f"{name} words": words, f"{name} scale": scale})
 
 
 def check_experts(function: str, x: torch.Tensor, matrices: Packed) -> tuple[int, int, int]:
     """H, I and E of x (R, H) and the stacks of gate (E, I, H), up (E, I, H) and down (E, H, I)."""
     if not (is_plain(x) and x.ndim == 2 and x.is_contiguous()):
         raise refuse(function, "contiguous bf16 x (R, H)", x=x)
-    width, (experts, inner, _) = x.shape[1], matrices[0][0].shape
-    shapes = (experts, inner, width), (experts, inner, width), (experts, width, inner)
-    for (words, scale), shape in zip(matrices, shapes, strict=True):
-        check_packed(function, words, scale, shape)
+    (gate, _), up, down = matrices
+    if gate.ndim != 3:
+        raise refuse(function, "gate words (E, I, H/8)", **{"gate words": gate})
+    width, (experts, inner, _) = x.shape[1], gate.shape
+    check_packed(function, "gate", *matrices[0], (experts, inner, width))
+    check_packed(function, "up", *up, (experts, inner, width))
+    check_packed(function, "down", *down, (experts, width, inner))
     return width, inner, experts
 
 
@@ -232,10 +238,8 @@ def experts_int4_few_rows(
     scale) stacks of gate, up and down. Returns the weighted sums, (R, H) fp32, the same ones on every run."""
     width, inner, experts = check_experts("experts_int4_few_rows", x, matrices)
     fits = ids.shape == weights.shape and ids.shape[:1] == x.shape[:1] and ids.ndim == 2
-    fits = (
-        fits and ids.dtype == torch.int64 and weights.dtype == torch.float32 and ids.is_cpu and weights.is_cpu
-    )
-    if not (fits and ids.is_contiguous() and weights.is_contiguous()):
+    fits = fits and ids.dtype == torch.int64 and weights.dtype == torch.float32
+    if not (fits and all(tensor.is_cpu and tensor.is_contiguous() for tensor in (ids, weights))):
         needs = "contiguous int64 ids (R, K) and fp32 weights (R, K) for the rows of x"
         raise refuse("experts_int4_few_rows", needs, x=x, ids=ids, weights=weights)
     output = torch.empty(len(x), width, dtype=torch.float32)
@@ -243,9 +247,8 @@ def experts_int4_few_rows(
     pointers = [tensor.data_ptr() for tensor in tensors]
     status = library().experts_int4_few_rows(len(x), ids.shape[1], width, inner, experts, *pointers)
     if status == BAD_ID:
-        raise ValueError(
-            f"expert ids from {int(ids.min())} to {int(ids.max())}, but the stacks have {experts} experts."
-        )
+        found = f"{int(ids.min())} to {int(ids.max())}"
+        raise ValueError(f"experts_int4_few_rows takes ids from 0 to {experts - 1}; got ids from {found}.")
     if status:
         raise MemoryError(f"no memory for the intermediate results of {len(x)} rows")
     return output
@@ -265,19 +268,15 @@ def absorb(
     q_nope (B, h, T, dn), q_pe (B, h, T, dr), up (h, dn + dv, c) contiguous, latent (B, 1, S, c) and k_pe (B, 1, S, dr)
     with any batch and token strides, mask (B or 1, 1, T or 1, S) boolean or None; returns (B, T, h, dv).
     """
-    batch, heads, num_new, nope = q_nope.shape
-    num_total, width = latent.shape[2:]
-    v_dim, rope = up.shape[1] - nope, k_pe.shape[-1]
-    fits = is_plain(q_nope, q_pe, up, latent, k_pe) and up.is_contiguous() and width <= MAX_LATENT
-    fits = fits and latent.stride(3) == k_pe.stride(3) == 1 and num_total > 0 and v_dim >= 0
-    fits = fits and q_pe.shape == (batch, heads, num_new, rope) and up.shape[::2] == (heads, width)
-    fits = fits and latent.shape[:2] == (batch, 1) and k_pe.shape == (batch, 1, num_total, rope)
-    if not (fits and mask_fits(mask, batch, num_new, num_total)):
+    if not absorb_fits(q_nope, q_pe, up, latent, k_pe, mask):
         needs = (
             "bf16 q_nope (B, h, T, dn), q_pe (B, h, T, dr), contiguous up (h, dn + dv, c), latent (B, 1, S, c), k_pe (B, 1,"
             f" S, dr) with S > 0 and c <= {MAX_LATENT}, and a boolean mask (B or 1, 1, T or 1, S) or None"
         )
         raise refuse("absorb", needs, q_nope=q_nope, q_pe=q_pe, up=up, latent=latent, k_pe=k_pe, mask=mask)
+    batch, heads, num_new, nope = q_nope.shape
+    num_total, width = latent.shape[2:]
+    v_dim, rope = up.shape[1] - nope, k_pe.shape[3]
     output = q_nope.new_empty(batch, num_new, heads, v_dim)
     q_nope, q_pe = q_nope.contiguous(), q_pe.contiguous()
     mask, mask_batch = expand_mask(mask, num_new, num_total)
@@ -298,6 +297,36 @@ def absorb(
     if failed:
         raise MemoryError(f"no memory for the scores of {num_new} new tokens against {num_total}")
     return output
+
+
+def absorb_fits(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    up: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> bool:
+    """Whether these are what `absorb` says."""
+    if not is_plain(q_nope, q_pe, up, latent, k_pe) or up.ndim != 3:
+        return False
+    if any(tensor.ndim != 4 for tensor in (q_nope, q_pe, latent, k_pe)):
+        return False
+    batch, heads, num_new, nope = q_nope.shape
+    num_total, width = latent.shape[2:]
+    rope = k_pe.shape[3]
+    return (
+        q_pe.shape == (batch, heads, num_new, rope)
+        and up.shape[::2] == (heads, width)
+        and up.shape[1] >= nope
+        and up.is_contiguous()
+        and latent.shape[:2] == (batch, 1)
+        and k_pe.shape == (batch, 1, num_total, rope)
+        and latent.stride(3) == k_pe.stride(3) == 1
+        and num_total > 0
+        and width <= MAX_LATENT
+        and mask_fits(mask, batch, num_new, num_total)
+    )
 
 
 def mask_fits(mask: torch.Tensor | None, batch: int, num_new: int, num_total: int) -> bool:
@@ -338,24 +367,27 @@ def expert_int4_tiles(
 ) -> Callable[[int, int, int], None]:
     """A function (place, start, count) that runs the expert at `place` of the stacks for pairs start .. start + count.
 
-    It adds weights (P,) fp32 times the expert's outputs for rows (P,) int64 of x (R, H) bf16 to the same rows of output
+    It adds weights (P numbers) fp32 times the expert's outputs for rows (P,) int64 of x (R, H) bf16 to the same rows of output
     (R, H) fp32; `matrices` are (words, scale) stacks of gate, up and down. All contiguous. Pointers are looked up once per
     layer, which has hundreds of experts.
     """
     width, inner, experts = check_experts("expert_int4_tiles", x, matrices)
     fits = rows.dtype == torch.int64 and weights.dtype == output.dtype == torch.float32
-    fits = fits and rows.numel() == weights.numel() and output.shape == x.shape
-    fits = fits and all(tensor.is_cpu and tensor.is_contiguous() for tensor in (rows, weights, output))
-    if not fits or (rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(x)):
-        needs = "int64 rows (P,) of x, fp32 weights (P,) and output (R, H), contiguous"
+    fits = fits and rows.ndim == 1 and rows.numel() == weights.numel() and output.shape == x.shape
+    if not (fits and all(tensor.is_cpu and tensor.is_contiguous() for tensor in (rows, weights, output))):
+        needs = "int64 rows (P,) of x, P fp32 weights and fp32 output (R, H), contiguous"
         raise refuse("expert_int4_tiles", needs, x=x, rows=rows, weights=weights, output=output)
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(x):
+        found = f"{int(rows.min())} to {int(rows.max())}"
+        raise ValueError(f"expert_int4_tiles takes rows from 0 to {len(x) - 1}; got rows from {found}.")
     tensors = [x, rows, weights, *(tensor for pair in matrices for tensor in pair), output]
     arguments = (width, inner, *(tensor.data_ptr() for tensor in tensors))
     function, pairs = library().expert_int4_tiles, rows.numel()
 
     def run(place: int, start: int, count: int) -> None:
         if not (0 <= place < experts and 0 <= start <= start + count <= pairs):
-            raise ValueError(f"expert {place} of {experts}, pairs {start} to {start + count} of {pairs}.")
+            found = f"expert {place} and pairs {start} to {start + count}"
+            raise ValueError(f"expert_int4_tiles has {experts} experts and {pairs} pairs; got {found}.")
         if function(place, start, count, *arguments):
             raise MemoryError(f"no memory for the intermediate results of {count} rows")
 
@@ -378,16 +410,7 @@ def prefill_attention(
     dimension; dn and dr even, dv a multiple of 64. mask (B or 1, 1, T or 1, S) boolean or None. With an offset query t sees
     keys up to offset + t. Writes out, (B, h, T, dv), also with any strides. A query that sees nothing gets zeros.
     """
-    batch, heads, num_new, nope = q_nope.shape
-    num_total, rope = k_pe.shape[2:]
-    v_dim = out.shape[-1]
-    fits = is_plain(q_nope, q_pe, kv, k_pe, out) and all(
-        t.stride(3) == 1 for t in (q_nope, q_pe, kv, k_pe, out)
-    )
-    fits = fits and q_pe.shape == (batch, heads, num_new, rope) and k_pe.shape[:2] == (batch, 1)
-    fits = fits and kv.shape == (batch, heads, num_total, nope + v_dim) and out.shape[:3] == q_nope.shape[:3]
-    fits = fits and not (nope % 2 or rope % 2 or v_dim % 64) and (offset is None or offset >= 0)
-    if not (fits and mask_fits(mask, batch, num_new, num_total)):
+    if not prefill_fits(q_nope, q_pe, kv, k_pe, mask, out):
         needs = (
             "bf16 q_nope (B, h, T, dn), q_pe (B, h, T, dr), kv (B, h, S, dn + dv), k_pe (B, 1, S, dr) and out (B, h, T, dv),"
             " dn and dr even, dv a multiple of 64, and a boolean mask (B or 1, 1, T or 1, S) or None"
@@ -395,6 +418,11 @@ def prefill_attention(
         raise refuse(
             "prefill_attention", needs, q_nope=q_nope, q_pe=q_pe, kv=kv, k_pe=k_pe, mask=mask, out=out
         )
+    if offset is not None and offset < 0:
+        raise ValueError(f"prefill_attention takes an offset of at least 0 or None; got {offset}.")
+    batch, heads, num_new, nope = q_nope.shape
+    num_total, rope = k_pe.shape[2:]
+    v_dim = out.shape[3]
     mask, mask_batch = expand_mask(mask, num_new, num_total)
     strides_of_four = ctypes.c_long * 4
 
@@ -415,3 +443,28 @@ def prefill_attention(
     )
     if failed:
         raise MemoryError(f"no memory for the keys and values of {heads} heads and {num_total} tokens")
+
+
+def prefill_fits(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    kv: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+    out: torch.Tensor,
+) -> bool:
+    """Whether these are what `prefill_attention` says."""
+    tensors = q_nope, q_pe, kv, k_pe, out
+    if not is_plain(*tensors) or any(tensor.ndim != 4 or tensor.stride(3) != 1 for tensor in tensors):
+        return False
+    batch, heads, num_new, nope = q_nope.shape
+    num_total, rope = k_pe.shape[2:]
+    v_dim = out.shape[3]
+    return (
+        q_pe.shape == (batch, heads, num_new, rope)
+        and kv.shape == (batch, heads, num_total, nope + v_dim)
+        and k_pe.shape == (batch, 1, num_total, rope)
+        and out.shape == (batch, heads, num_new, v_dim)
+        and not (nope % 2 or rope % 2 or v_dim % 64)
+        and mask_fits(mask, batch, num_new, num_total)
+    )

@@ -14,14 +14,16 @@ SOURCE = r"""
      absorb.c    attention of few new tokens on the latent cache, between the two products of kv_b_proj
 
    It is one translation unit: scripts/embed_c.py joins the files in this order to the string that kimi_cpu.py compiles on
-   the user's machine with -march=native. So everything is static but the functions that kimi_cpu.py calls. They trust
+   the user's machine with -march=native. Everything is static but the functions that kimi_cpu.py calls. They do not check
    their arguments: kimi_cpu.py checks shapes, dtypes and strides. Their results do not depend on the number of threads.
+   bf16 arrays may begin at any address that holds a bf16, and nothing outside an array is read. tests/test_csrc.py holds
+   all of this to account: with sanitizers, and with pages around each array that no access may touch.
 
    Three levels, chosen by the compiler's macros: AVX-512 with bf16 dot products (__AVX512BF16__), AMX above it (HAS_AMX),
    and plain loops for every other machine, which the compiler turns into the vectors it has.
 
-   Letters: B sequences, T new tokens, S tokens in the cache, R rows, N outputs, M inputs, H hidden size, I inner size of
-   an expert. Matrices are row by row; (N, M) has M numbers side by side. Sums are fp32. */
+   Letters: B sequences, h heads, T new tokens, S tokens in the cache, R rows, N outputs, M inputs, H hidden size, I inner
+   size of an expert. Matrices are stored row by row; (N, M) has M numbers side by side. Sums are fp32. */
 
 #ifndef KIMI_COMMON_H
 #define KIMI_COMMON_H
@@ -53,7 +55,7 @@ static inline int omp_get_num_threads(void) { return 1; }
 
 typedef struct { long first, last; } range;
 
-/* The part of 0..total that falls to this thread. */
+/* This thread's share of 0..total. */
 static inline range thread_share(long total) {
     long threads = omp_get_num_threads(), thread = omp_get_thread_num();
     range r = {total * thread / threads, total * (thread + 1) / threads};
@@ -62,6 +64,16 @@ static inline range thread_share(long total) {
 
 /* Memory for free(), at an address that is a multiple of 64. Null means that there is none, also for zero bytes. */
 static inline void *allocate(long bytes) { return aligned_alloc(64, ((size_t)bytes + 64) / 64 * 64); }
+
+/* The same in one of several threads, which share `failed`: it becomes NO_MEMORY where the result is null. */
+static inline void *allocate_in_thread(long bytes, int *failed) {
+    void *memory = allocate(bytes);
+    if (!memory) {
+        #pragma omp atomic write
+        *failed = NO_MEMORY;
+    }
+    return memory;
+}
 
 /* --------------------------------------------------------------------------------------------------------------- bf16 */
 
@@ -88,7 +100,7 @@ static inline __mmask16 first_lanes(long count) {
 }
 #endif
 
-/* out[r] = the sum over M of a * x[r]: one row of a matrix for each of `rows` inputs. */
+/* out[r] = the sum over M of a * x[r]: one row of a matrix times each of `rows` vectors. */
 #ifdef __AVX512BF16__
 INLINE void dot_bf16_rows(const bf16 *a, const bf16 *const *x, long M, int rows, float *out) {
     __m512 even[MAX_ROWS], odd[MAX_ROWS];
@@ -172,11 +184,11 @@ static inline __m512 store_weights(__m512 x, __mmask16 live, bf16 *weights) {
 
      C (16, 16) fp32  +=  A (16, 32) bf16  times  B (16 pairs, 16 columns, 2) bf16
 
-   where B has the two inputs that belong together side by side. The 32 inputs in a row of A are just one group of int4, so
-   an expert's weights are unpacked row by row into A and activations are packed in columns into B. Outputs come out with
-   a row for each output and a column for each activation row, which is the order that B wants in the next product.
+   where the two inputs of a pair are side by side in B. The 32 inputs in a row of A are exactly one group of int4, so an
+   expert's weights are unpacked row by row into A, and activations are packed in columns into B. The result has a row for
+   each output and a column for each row of activations, which is the order that B needs in the next product.
 
-   There are eight tiles: 0..3 hold sums, a square of 32 x 32, and 4..7 what is multiplied. */
+   There are eight tiles: 0..3 hold sums, a square of 32 x 32, and 4..7 hold the factors. */
 
 #ifndef KIMI_AMX_H
 #define KIMI_AMX_H
@@ -197,15 +209,15 @@ static inline __m512 store_weights(__m512 x, __mmask16 live, bf16 *weights) {
 
 static int has_tiles = 0;
 
-/* Turns the use of tiles on, for which the system is asked, or off. Returns whether they are used. */
+/* Turns the use of tiles on, for which the system's permission is needed, or off. Returns whether they are used. */
 int use_tiles(long wanted) {
     return has_tiles = wanted && syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
 }
 
 typedef struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } tile_config;
 
-/* Configures this thread for eight tiles of 16 rows of 64 bytes. Returns the configuration before, which belongs to
-   another library, for `close_tiles`. */
+/* Configures this thread for eight tiles of 16 rows of 64 bytes. Returns the configuration before, which another library
+   may have made, for `close_tiles`. */
 static inline tile_config open_tiles(void) {
     static const tile_config eight = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     tile_config before = {0};
@@ -217,7 +229,7 @@ static inline void close_tiles(tile_config before) {
     if (has_tiles && before.palette) __asm__ volatile("ldtilecfg %0" :: "m"(before));
     else if (has_tiles) __asm__ volatile("tilerelease");
 }
-#elif defined(__AVX512BF16__) && defined(AMX_EMULATION)  /* a header of the tests with the same names in plain C */
+#elif defined(__AVX512BF16__) && defined(AMX_EMULATION)  /* tests/amx_emulation.h: the same names in plain C */
 #define HAS_AMX 1
 #include AMX_EMULATION
 #else
@@ -227,14 +239,14 @@ static inline void close_tiles(tile_config before) { (void)before; }
 #endif
 
 #ifdef HAS_AMX
-/* Tiles 0..3 += (a0; a1) times (b0, b1), or times b0 alone. Strides are in bytes, from row to row of a tile. */
+/* Tiles 0..3 += a0 above a1 times b0 beside b1, or times b0 alone if not `both`. Strides are in bytes, from row to row. */
 INLINE void tile_step(const void *a0, const void *a1, long a_stride, const void *b0, const void *b1, long b_stride, int both) {
     TILE_LOAD(4, a0, a_stride); TILE_LOAD(6, b0, b_stride); TILE_DOT(0, 4, 6);
     TILE_LOAD(5, a1, a_stride); TILE_DOT(2, 5, 6);
     if (both) { TILE_LOAD(7, b1, b_stride); TILE_DOT(1, 4, 7); TILE_DOT(3, 5, 7); }
 }
 
-/* The same over `steps` tiles, which are a_step and b_step bytes from each other. */
+/* The same summed over `steps` tiles of each, which are a_step and b_step bytes from each other. */
 INLINE void multiply_tiles(const void *a0, const void *a1, long a_step, long a_stride, const void *b0, const void *b1,
                            long b_step, long b_stride, long steps, int both) {
     const char *x0 = a0, *x1 = a1, *y0 = b0, *y1 = b1;
@@ -244,13 +256,13 @@ INLINE void multiply_tiles(const void *a0, const void *a1, long a_step, long a_s
 
 static inline void clear_tiles(void) { TILE_ZERO(0); TILE_ZERO(1); TILE_ZERO(2); TILE_ZERO(3); }
 
-/* Tiles 0..3 to a square with `stride` floats from row to row, the lower two tiles `below` floats behind the upper ones. */
+/* Stores tiles 0..3 as a square with `stride` floats from row to row; the lower two begin `below` floats later. */
 static inline void store_tiles(float *to, long below, long stride) {
     TILE_STORE(0, to, stride * 4); TILE_STORE(1, to + 16, stride * 4);
     TILE_STORE(2, to + below, stride * 4); TILE_STORE(3, to + below + 16, stride * 4);
 }
 
-/* 16 x 16 numbers of 32 bits: row[i][j] becomes row[j][i]. */
+/* Transposes 16 x 16 numbers of 32 bits. */
 static inline void transpose_16x16(__m512i *row) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -280,8 +292,8 @@ static inline void transpose_quarter(float (*sums)[32], int quarter, __m512i *ti
     transpose_16x16(tile);
 }
 
-/* Packs up to 16 rows of x (., M) for B: columns (M / 2 pairs, 16). Takes rows[0] to rows[count - 1]; the other columns
-   are zero. M is a multiple of 32. */
+/* Packs the `count` rows of x (., M) whose numbers are in `rows`, at most 16, for B: columns (M / 2 pairs, 16). The other
+   columns become zero. M is a multiple of 32. */
 static inline void pack_columns(long M, long count, const bf16 *x, const int64_t *rows, uint32_t *columns) {
     for (long m = 0; m < M; m += 32) {
         __m512i row[16];
@@ -358,14 +370,16 @@ void rotary(long B, long heads, long T, long D, const bf16 *restrict x, const lo
 /* Routed experts with int4 weights: few rows with the words as they are, many rows by tiles, and unpacking for PyTorch's
    own product.
 
-   How a word becomes numbers. The code of input m is nibble m % 8 of word m // 8. For s = 0..3
+   The format. A matrix (N, M) is stored as words (N, M/8) of 32 bits and scales (N, M/32) in bf16. The code of input m is
+   nibble m % 8 of word m // 8, the lowest nibble first; the weight is (code - 8) * scale of its group of 32 inputs.
+
+   How a word becomes numbers. For s = 0..3
 
      ((word >> 4 s) & 0x000F000F) | 0x43004300
 
-   are two bf16 numbers, 128 + code of nibble s and 128 + code of nibble s + 4: 0x4300 is 128 in bf16, where the last bit
+   are two bf16 numbers, 128 + code of nibble s and 128 + code of nibble s + 4: 0x4300 is 128 in bf16, and its last bit
    counts one. So no conversion is needed: AVX-512's bf16 dot product takes them as they are, and 136 times the sum of the
-   inputs is subtracted afterwards, since code - 8 = (128 + code) - 136. Inputs are arranged in that order beforehand. Sums
-   are fp32, and each group of 32 inputs is scaled as a whole. */
+   inputs is subtracted, since code - 8 = (128 + code) - 136. Inputs are arranged in that order beforehand. Sums are fp32. */
 
 
 typedef struct { const uint32_t *words; const bf16 *scale; } int4_matrix;  /* (N, M/8) and (N, M/32) of each expert */
@@ -379,6 +393,12 @@ static inline int4_matrix rows_of(int4_matrix matrix, long row, long M) {
 
 /* Inputs of one row, arranged: pairs[s * M/8 + w] = (x[8w + s], x[8w + s + 4]), offset[w] = 136 * (sum of word w's inputs). */
 typedef struct { uint32_t *pairs; float *offset; } arranged;
+
+/* One of several arranged rows of M inputs. */
+static inline arranged arranged_row(arranged all, long row, long M) {
+    arranged one = {all.pairs + row * (M / 2), all.offset + row * (M / 8)};
+    return one;
+}
 
 static void arrange(const bf16 *x, long M, arranged to) {
     long W = M / 8;
@@ -397,7 +417,8 @@ static void arrange(const bf16 *x, long M, arranged to) {
 #define SCALE_OF_WORD(a) \
     _mm512_set_epi32(a + 3, a + 3, a + 3, a + 3, a + 2, a + 2, a + 2, a + 2, a + 1, a + 1, a + 1, a + 1, a, a, a, a)
 
-/* 16 words from w on, of which `live` are there, each with its scale: sums unscaled codes, then scales. */
+/* total += scale * (the product of a word's 8 weights without scale and their inputs), for each of 16 words from w on. Lanes
+   that are not live read no inputs; their words and scales are zero. */
 INLINE void step_int4(__m512i word, __m512 scale, long w, long W, __mmask16 live, int rows, const arranged *x, __m512 *total) {
     const __m512i mask = _mm512_set1_epi32(0x000F000F), base = _mm512_set1_epi32(0x43004300);
     __m512bh code[4];
@@ -420,17 +441,18 @@ INLINE void dot_int4_rows(int4_matrix a, long M, int rows, const arranged *x, fl
     __m512 total[MAX_ROWS];
     for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
     for (; w + 64 <= W; w += 64) {
-        for (int k = 0; k < 4; k++) _mm_prefetch((const char *)(words + w + 16 * k) + PREFETCH_BYTES, _MM_HINT_T1);
+        const __m512i *word = (const __m512i *)(words + w);  /* at any address */
+        for (int k = 0; k < 4; k++) _mm_prefetch((const char *)(word + k) + PREFETCH_BYTES, _MM_HINT_T1);
         __m512 s = load_floats(a.scale + w / 4);
-        step_int4(_mm512_loadu_si512(words + w), _mm512_permutexvar_ps(SCALE_OF_WORD(0), s), w, W, 0xFFFF, rows, x, total);
-        step_int4(_mm512_loadu_si512(words + w + 16), _mm512_permutexvar_ps(SCALE_OF_WORD(4), s), w + 16, W, 0xFFFF, rows, x, total);
-        step_int4(_mm512_loadu_si512(words + w + 32), _mm512_permutexvar_ps(SCALE_OF_WORD(8), s), w + 32, W, 0xFFFF, rows, x, total);
-        step_int4(_mm512_loadu_si512(words + w + 48), _mm512_permutexvar_ps(SCALE_OF_WORD(12), s), w + 48, W, 0xFFFF, rows, x, total);
+        step_int4(_mm512_loadu_si512(word), _mm512_permutexvar_ps(SCALE_OF_WORD(0), s), w, W, 0xFFFF, rows, x, total);
+        step_int4(_mm512_loadu_si512(word + 1), _mm512_permutexvar_ps(SCALE_OF_WORD(4), s), w + 16, W, 0xFFFF, rows, x, total);
+        step_int4(_mm512_loadu_si512(word + 2), _mm512_permutexvar_ps(SCALE_OF_WORD(8), s), w + 32, W, 0xFFFF, rows, x, total);
+        step_int4(_mm512_loadu_si512(word + 3), _mm512_permutexvar_ps(SCALE_OF_WORD(12), s), w + 48, W, 0xFFFF, rows, x, total);
     }
     for (; w < W; w += 16) {
         __mmask16 live = first_lanes(W - w), groups = first_lanes((W - w) / 4) & 0xF;
-        __m512 s = floats_of(_mm256_maskz_loadu_epi16(groups, a.scale + w / 4));
-        step_int4(_mm512_maskz_loadu_epi32(live, words + w), _mm512_permutexvar_ps(SCALE_OF_WORD(0), s), w, W, live, rows, x, total);
+        __m512 s = _mm512_permutexvar_ps(SCALE_OF_WORD(0), floats_of(_mm256_maskz_loadu_epi16(groups, a.scale + w / 4)));
+        step_int4(_mm512_maskz_loadu_epi32(live, words + w), s, w, W, live, rows, x, total);
     }
     for (int r = 0; r < rows; r++) out[r] = _mm512_reduce_add_ps(total[r]);
 }
@@ -487,59 +509,48 @@ static long make_jobs(long P, const int64_t *experts, long *order, long *begin) 
 int experts_int4_few_rows(long R, long K, long H, long I, long E, const bf16 *x, const int64_t *experts, const float *weights,
                           const uint32_t *gate_words, const bf16 *gate_scale, const uint32_t *up_words, const bf16 *up_scale,
                           const uint32_t *down_words, const bf16 *down_scale, float *out) {
-    long P = R * K, jobs, in = H / 8, mid = I / 8;
+    long P = R * K, jobs;
     int4_matrix gate = {gate_words, gate_scale}, up = {up_words, up_scale}, down = {down_words, down_scale};
     for (long p = 0; p < P; p++)
         if (experts[p] < 0 || experts[p] >= E) return BAD_ID;
-    char *memory = allocate(P * 16 + 8 + R * in * 20 + P * (I * 2 + mid * 20 + H * 4));
+    char *memory = allocate(P * 16 + 8 + R * H / 8 * 20 + P * (I * 2 + I / 8 * 20 + H * 4));
     if (!memory) return NO_MEMORY;
     long *order = (long *)memory, *begin = order + P;
-    uint32_t *x_pairs = (uint32_t *)(begin + P + 1), *hidden_pairs = x_pairs + R * in * 4;
-    float *x_offset = (float *)(hidden_pairs + P * mid * 4), *hidden_offset = x_offset + R * in;
-    float *parts = hidden_offset + P * mid;  /* (P, H) */
-    bf16 *hidden = (bf16 *)(parts + P * H);  /* (P, I) */
+    uint32_t *x_pairs = (uint32_t *)(begin + P + 1), *hidden_pairs = x_pairs + R * H / 2;
+    float *x_offset = (float *)(hidden_pairs + P * I / 2), *hidden_offset = x_offset + R * H / 8;
+    float *parts = hidden_offset + P * I / 8;  /* (P, H) */
+    bf16 *hidden = (bf16 *)(parts + P * H);    /* (P, I) */
+    arranged all_x = {x_pairs, x_offset}, all_hidden = {hidden_pairs, hidden_offset};
     jobs = make_jobs(P, experts, order, begin);
     #pragma omp parallel
     {
         #pragma omp for schedule(static)
-        for (long r = 0; r < R; r++) {
-            arranged to = {x_pairs + r * in * 4, x_offset + r * in};
-            arrange(x + r * H, H, to);
-        }
+        for (long r = 0; r < R; r++) arrange(x + r * H, H, arranged_row(all_x, r, H));
         #pragma omp for collapse(2) schedule(static)
         for (long j = 0; j < jobs; j++)
             for (long i = 0; i < I; i++) {
                 arranged inputs[MAX_ROWS];
                 float a[MAX_ROWS], b[MAX_ROWS];
+                const long *pairs = order + begin[j];
                 int rows = (int)(begin[j + 1] - begin[j]);
-                long row = experts[order[begin[j]]] * I + i;
-                for (int r = 0; r < rows; r++) {
-                    long at = order[begin[j] + r] / K;
-                    inputs[r].pairs = x_pairs + at * in * 4, inputs[r].offset = x_offset + at * in;
-                }
+                long row = experts[pairs[0]] * I + i;
+                for (int r = 0; r < rows; r++) inputs[r] = arranged_row(all_x, pairs[r] / K, H);
                 dot_int4(rows_of(gate, row, H), H, rows, inputs, a);
                 dot_int4(rows_of(up, row, H), H, rows, inputs, b);
-                for (int r = 0; r < rows; r++)
-                    hidden[order[begin[j] + r] * I + i] = to_bf16(a[r] / (1.0f + expf(-a[r])) * b[r]);
+                for (int r = 0; r < rows; r++) hidden[pairs[r] * I + i] = to_bf16(a[r] / (1.0f + expf(-a[r])) * b[r]);
             }
         #pragma omp for schedule(static)
-        for (long p = 0; p < P; p++) {
-            arranged to = {hidden_pairs + p * mid * 4, hidden_offset + p * mid};
-            arrange(hidden + p * I, I, to);
-        }
+        for (long p = 0; p < P; p++) arrange(hidden + p * I, I, arranged_row(all_hidden, p, I));
         #pragma omp for collapse(2) schedule(static)
         for (long j = 0; j < jobs; j++)
             for (long h = 0; h < H; h++) {
                 arranged inputs[MAX_ROWS];
                 float y[MAX_ROWS];
+                const long *pairs = order + begin[j];
                 int rows = (int)(begin[j + 1] - begin[j]);
-                long row = experts[order[begin[j]]] * H + h;
-                for (int r = 0; r < rows; r++) {
-                    long p = order[begin[j] + r];
-                    inputs[r].pairs = hidden_pairs + p * mid * 4, inputs[r].offset = hidden_offset + p * mid;
-                }
-                dot_int4(rows_of(down, row, I), I, rows, inputs, y);
-                for (int r = 0; r < rows; r++) parts[order[begin[j] + r] * H + h] = y[r];
+                for (int r = 0; r < rows; r++) inputs[r] = arranged_row(all_hidden, pairs[r], I);
+                dot_int4(rows_of(down, experts[pairs[0]] * H + h, I), I, rows, inputs, y);
+                for (int r = 0; r < rows; r++) parts[pairs[r] * H + h] = y[r];
             }
         #pragma omp for schedule(static)
         for (long r = 0; r < R; r++)
@@ -589,17 +600,17 @@ void unpack_int4(long N, long M, const uint32_t *words, const bf16 *scale, bf16 
 
 #ifdef HAS_AMX
 /* Two blocks of 16 rows of int4 (M inputs) that are unpacked into 2 * M / 32 tiles, each (code - 8) * scale rounded once.
-   It is done in parts of a row between the products of other tiles, since the matrix unit and the vector units can work at
+   This is done in parts of a row between the products of other tiles, since the tile unit and the vector units can work at
    the same time. */
 enum { PART_GROUPS = 8 };  /* groups of 32 inputs */
 typedef struct {
     int4_matrix from[2];
     bf16 *tiles;
     long M, block, row, group;  /* the next part */
-    long parts, steps, due;     /* `parts` parts are spread over `steps` products; due counts in fractions of `steps` */
+    long parts, steps, due;     /* `parts` parts are spread over `steps` products; a part is due when `due` reaches `steps` */
 } unpacking;
 
-/* From one unpacked row to the next: not a multiple of 4096 bytes, of which the cache keeps few. */
+/* Elements from one unpacked row to the next: not a multiple of 4096 bytes, of which the cache keeps few. */
 static inline long row_stride(long M) { return M + 32; }
 
 static inline void unpack_part(unpacking *u) {
@@ -623,7 +634,8 @@ static void finish_unpacking(unpacking *u) { while (u->block < 2) unpack_part(u)
 
 /* sums (32 outputs, 32 rows) = 32 unpacked rows of weights (M inputs) times a block of 16 columns, or `both` it and the
    next one. Meanwhile the next weights are unpacked. */
-static inline void multiply_columns(const bf16 *tiles, const uint32_t *columns, long M, int both, float (*sums)[32], unpacking *next) {
+static inline void multiply_columns(const bf16 *tiles, const uint32_t *columns, long M, int both, float (*sums)[32],
+                                    unpacking *next) {
     const bf16 *a0 = tiles, *a1 = tiles + 16 * row_stride(M);
     const uint32_t *b0 = columns, *b1 = both ? columns + M * 8 : columns;
     clear_tiles();
@@ -655,7 +667,7 @@ static inline __m512i join_pair(const float *gate, const float *up, long stride)
 static void gate_and_up(long n, long last, long blocks, long H, long I, int4_matrix gate, int4_matrix up, const uint32_t *x,
                         uint32_t *hidden, bf16 *tiles) {
     float sums[32][32];  /* gate above up */
-    /* One turn more than outputs: n - 16 is multiplied while n is unpacked. */
+    /* One turn more than there are blocks of outputs: those from n - 16 on are multiplied while those from n on are unpacked. */
     for (long first = n, turn = 0; n < last + 16; n += 16, turn ^= 1) {
         long row = n < last ? n : first;  /* in the last turn nothing is unpacked */
         unpacking next = begin_unpacking(H, (blocks + 1) / 2 * (H / 32), rows_of(gate, row, H), rows_of(up, row, H),
@@ -674,8 +686,8 @@ static void gate_and_up(long n, long last, long blocks, long H, long I, int4_mat
 }
 
 /* sums (32 outputs, 32 rows) of the rows from `first` on: out (., H), from output n on, += weight * sum. */
-static inline void add_weighted(float (*sums)[32], long first, long rows, long H, long n, const int64_t *row, const float *weights,
-                                float *out) {
+static inline void add_weighted(float (*sums)[32], long first, long rows, long H, long n, const int64_t *row,
+                                const float *weights, float *out) {
     for (int i = 0; i < 4; i++) {
         __m512i tile[16];
         transpose_quarter(sums, i, tile);
@@ -719,11 +731,7 @@ int expert_int4_tiles(long place, long start, long R, long H, long I, const bf16
     hidden = columns + blocks * H * 8;
     #pragma omp parallel
     {
-        bf16 *tiles = allocate(128 * row_stride(most));  /* two times 32 rows of weights */
-        if (!tiles) {
-            #pragma omp atomic write
-            failed = NO_MEMORY;
-        }
+        bf16 *tiles = allocate_in_thread(128 * row_stride(most), &failed);  /* two times 32 rows of weights */
         tile_config before = open_tiles();
         #pragma omp for schedule(static)
         for (long b = 0; b < blocks; b++)
@@ -741,21 +749,21 @@ int expert_int4_tiles(long place, long start, long R, long H, long I, const bf16
 }
 #endif
 
-/* Attention of many new tokens, for bf16 keys and values made from the latents. Q_ROWS queries at a time meet KEYS keys:
+/* Attention of many new tokens, for bf16 keys and values made from the latents. For Q_ROWS queries and KEYS keys at a time:
 
      scores (Q_ROWS, KEYS)   q (Q_ROWS, dn + dr) times packed keys, fp32
-     p = 2^(scores - largest so far), bf16; sums and largest scores are kept for each row, fp32
+     p = 2^(scores - largest so far), bf16; each row keeps its largest score and its sum of p, fp32
      out (Q_ROWS, dv)       out * 2^(largest before - largest so far) + p times packed values, fp32
 
-   Packed means that the two inputs of a bf16 dot product are side by side: (depth / 2, PANEL, 2), PANEL columns of a
-   product. Of keys the depth is dn + dr, of values it is the keys. */
+   Packed means in panels of PANEL columns, with the two inputs of a bf16 dot product side by side: (depth / 2, PANEL, 2).
+   For keys a column is a key and the depth is dn + dr; for values a column is one of dv and the depth is the keys. */
 
 
 #ifdef __AVX512BF16__
 enum { PANEL = 64, SUM_ROWS = 6, Q_ROWS = 96, KEYS = 256 };  /* Q_ROWS is a multiple of SUM_ROWS and of 32 */
 
 /* c (SUM_ROWS, PANEL) fp32 = or += a (SUM_ROWS, 2 pairs) times b, a packed panel. The sums stay in 24 registers. */
-INLINE void multiply_6x64(const uint32_t *a, long a_stride, const uint32_t *b, long pairs, float *c, long c_stride, int add) {
+INLINE void multiply_6x64(const bf16_pair *a, long a_stride, const uint32_t *b, long pairs, float *c, long c_stride, int add) {
     __m512 sum[SUM_ROWS][4];
     for (int r = 0; r < SUM_ROWS; r++)
         for (int v = 0; v < 4; v++) sum[r][v] = add ? _mm512_loadu_ps(c + r * c_stride + 16 * v) : _mm512_setzero_ps();
@@ -772,8 +780,9 @@ INLINE void multiply_6x64(const uint32_t *a, long a_stride, const uint32_t *b, l
 }
 
 /* c (rows, PANEL) fp32 = or += a (rows, pairs) times b, a packed panel. `rows` is a multiple of 32; up to Q_ROWS rows may be
-   read and written. */
-static void multiply_panel(const uint32_t *a, long a_stride, const uint32_t *b, long pairs, float *c, long c_stride, long rows, int add) {
+   read and written, since SUM_ROWS does not divide 32. */
+static void multiply_panel(const bf16_pair *a, long a_stride, const uint32_t *b, long pairs, float *c, long c_stride, long rows,
+                           int add) {
 #ifdef HAS_AMX
     if (has_tiles && pairs % 16 == 0) {
         for (long r = 0; r < rows; r += 32)
@@ -794,9 +803,10 @@ static void multiply_panel(const uint32_t *a, long a_stride, const uint32_t *b, 
         multiply_6x64(a + r * a_stride, a_stride, b, pairs, c + r * c_stride, c_stride, add);
 }
 
-/* One row's scores (KEYS) to weights p, of which the first `seen` keys, and of them those that the mask has, take part.
-   Updates the row's largest score and sum, returns what its output so far is to be multiplied by. */
-static inline float online_softmax(const float *scores, long seen, const uint8_t *mask, float scale, float *top, float *sum, bf16 *p) {
+/* Turns one row's scores (KEYS) into weights p. Keys from `seen` on, and those that the mask hides, get zero. Updates the
+   row's largest score and its sum of weights, and returns the factor that its output so far is to be multiplied by. */
+static inline float online_softmax(const float *scores, long seen, const uint8_t *mask, float scale, float *top, float *sum,
+                                   bf16 *p) {
     __m512 most = _mm512_set1_ps(*top), x[KEYS / 16], total = _mm512_setzero_ps();
     for (int i = 0; i < KEYS / 16; i++) {
         x[i] = masked_scores(scores + 16 * i, seen - 16 * i, mask ? mask + 16 * i : NULL, scale, -INFINITY);
@@ -813,8 +823,9 @@ static inline float online_softmax(const float *scores, long seen, const uint8_t
     return factor;
 }
 
-typedef struct { long T, S, D, V, offset; float scale; } attention_shape;
+typedef struct { long T, S, D, V, offset; float scale; } attention_shape;  /* D is dn + dr, V is dv */
 
+/* Whether no row of the mask, of `live` keys each, shows a key. */
 static inline int hides_all(const uint8_t *mask, long stride, long rows, long live) {
     for (long r = 0; r < rows; r++)
         if (memchr(mask + r * stride, 1, (size_t)live)) return 0;
@@ -824,11 +835,12 @@ static inline int hides_all(const uint8_t *mask, long stride, long rows, long li
 /* The workspace of one thread, in floats: scores, outputs, largest scores, sums, weights p, and q. */
 static inline long attention_workspace(long D, long V) { return Q_ROWS * (KEYS + V + 2 + KEYS / 2 + D / 2); }
 
-/* Rows first..last of one head, whose q is at the end of the workspace; writes out with `out_stride` between rows. */
+/* Queries first..last of one head, which are q at the end of the workspace, with zeros up to Q_ROWS. Writes their rows of
+   out, `out_stride` elements from each other. */
 static void attend_rows(attention_shape n, long first, long last, const uint32_t *keys, const uint32_t *values,
                         const uint8_t *mask, float *workspace, bf16 *out, long out_stride) {
     float *scores = workspace, *sums = scores + Q_ROWS * KEYS, *top = sums + Q_ROWS * n.V, *total = top + Q_ROWS;
-    uint32_t *p = (uint32_t *)(total + Q_ROWS), *q = p + Q_ROWS * (KEYS / 2);
+    bf16_pair *p = (bf16_pair *)(total + Q_ROWS), *q = p + Q_ROWS * (KEYS / 2);
     long rows = (last - first + 31) / 32 * 32, end = n.offset < 0 ? n.S : n.offset + last;
     if (end > n.S) end = n.S;
     memset(sums, 0, Q_ROWS * n.V * sizeof(float));
@@ -845,8 +857,8 @@ static void attend_rows(attention_shape n, long first, long last, const uint32_t
             float factor = online_softmax(scores + r * KEYS, seen, mask ? mask + (first + r) * n.S + at : NULL, n.scale,
                                           top + r, total + r, (bf16 *)(p + r * (KEYS / 2)));
             if (factor != 1.0f)
-                for (long v = 0; v < n.V; v += 16)
-                    _mm512_storeu_ps(sums + r * n.V + v, _mm512_mul_ps(_mm512_loadu_ps(sums + r * n.V + v), _mm512_set1_ps(factor)));
+                for (float *to = sums + r * n.V; to < sums + (r + 1) * n.V; to += 16)
+                    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(factor)));
         }
         for (long v = 0; v < n.V; v += PANEL)
             multiply_panel(p, KEYS / 2, values + ((v / PANEL) * ((n.S + KEYS - 1) / KEYS * KEYS) + at) / 2 * PANEL,
@@ -876,9 +888,10 @@ static void pack_block(long at, long S, long dn, long dr, long dv, const bf16 *k
     }
 }
 
-/* Attention of the heads of one group. q_nope (B, h, T, dn), q_pe (B, h, T, dr), kv (B, h, S, dn + dv) and k_pe (B, 1, S, dr)
-   with strides (batch, head, token) in elements; mask (B or 1, T, S) bytes or null; a query t sees keys up to offset + t, or
-   all if offset is negative. out (B, h, T, dv) with strides. dn, dr even, dv a multiple of 64. */
+/* Attention of one layer, or of some of its heads. q_nope (B, h, T, dn), q_pe (B, h, T, dr), kv (B, h, S, dn + dv), k_pe
+   (B, 1, S, dr) and out (B, h, T, dv) with strides (batch, head, token) in elements; mask (B or 1, T, S) bytes or null,
+   mask_batch bytes from sequence to sequence. Query t sees keys up to offset + t, or all if offset is negative; one that
+   sees none gets zeros. dn and dr are even, dv is a multiple of 64. */
 int prefill_attention(long B, long heads, long T, long S, long dn, long dr, long dv, long offset, float scale,
                       const bf16 *q_nope, const long *nope_strides, const bf16 *q_pe, const long *pe_strides,
                       const bf16 *kv, const long *kv_strides, const bf16 *k_pe, const long *k_pe_strides,
@@ -891,12 +904,8 @@ int prefill_attention(long B, long heads, long T, long S, long dn, long dr, long
     if (!packed) return NO_MEMORY;
     #pragma omp parallel
     {
-        float *workspace = allocate(attention_workspace(D, dv) * 4);
+        float *workspace = allocate_in_thread(attention_workspace(D, dv) * 4, &failed);
         tile_config before = open_tiles();
-        if (!workspace) {
-            #pragma omp atomic write
-            failed = NO_MEMORY;
-        }
         #pragma omp for collapse(2) schedule(static)
         for (long head = 0; head < B * heads; head++)
             for (long k = 0; k < blocks; k++) {
@@ -912,13 +921,14 @@ int prefill_attention(long B, long heads, long T, long S, long dn, long dr, long
                 long b = head / heads, h = head % heads, first = (parts - 1 - part) * Q_ROWS;  /* the longest first */
                 long last = first + Q_ROWS < T ? first + Q_ROWS : T;
                 bf16 *q = (bf16 *)(workspace + attention_workspace(0, dv));
+                const bf16 *nope = q_nope + b * nope_strides[0] + h * nope_strides[1];
+                const bf16 *pe = q_pe + b * pe_strides[0] + h * pe_strides[1];
                 uint32_t *keys = packed + head * per_head;
-                for (long r = 0; r < Q_ROWS; r++) {
-                    bf16 *to = q + r * D;
-                    if (first + r >= last) { memset(to, 0, D * sizeof(bf16)); continue; }
-                    memcpy(to, q_nope + b * nope_strides[0] + h * nope_strides[1] + (first + r) * nope_strides[2], dn * sizeof(bf16));
-                    memcpy(to + dn, q_pe + b * pe_strides[0] + h * pe_strides[1] + (first + r) * pe_strides[2], dr * sizeof(bf16));
+                for (long t = first; t < last; t++) {
+                    memcpy(q + (t - first) * D, nope + t * nope_strides[2], dn * sizeof(bf16));
+                    memcpy(q + (t - first) * D + dn, pe + t * pe_strides[2], dr * sizeof(bf16));
                 }
+                memset(q + (last - first) * D, 0, (first + Q_ROWS - last) * D * sizeof(bf16));
                 attend_rows(n, first, last, keys, keys + rounded * D / 2, mask ? mask + b * mask_batch : NULL, workspace,
                             out + b * out_strides[0] + h * out_strides[1] + first * out_strides[2], out_strides[2]);
             }
@@ -930,10 +940,10 @@ int prefill_attention(long B, long heads, long T, long S, long dn, long dr, long
 }
 #endif
 
-/* Absorbed attention of few new tokens: q_nope goes through the upper half of kv_b_proj (UK), attends to the latents as they
-   are cached, and comes back through the lower half (UV). The cache is cut into blocks of keys, which threads take; each
-   block leaves its largest score, its sum and its weighted sum of latents, and these are merged in order, so the result does
-   not depend on the number of threads. */
+/* Absorbed attention of few new tokens. kv_b_proj holds for each head a matrix for keys (UK) above one for values (UV).
+   q_nope is multiplied by UK and attends to the latents as they are cached; the weighted sum of latents is multiplied by
+   UV. The cache is cut into blocks of keys, which threads share; each block yields its largest score, its sum of weights
+   and its weighted sum of latents, and these are merged in order, so the result does not depend on the number of threads. */
 
 
 enum { MAX_LATENT = 4096 };  /* C at most */
@@ -947,9 +957,10 @@ static inline void add_scaled(float *out, float p, const bf16 *row, long C) {
     for (long c = 0; c < C; c++) out[c] += p * to_float(row[c]);
 }
 
-typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
+/* Vectors of the compiler, loaded from and stored to arrays at any address. */
+typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
+typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
 
 /* out (n, 32 of C) = sum over the keys of weight * latent, n <= 4 rows with their sums in registers. */
 INLINE void weighted_sum_tile(int n, long keys, const float *weights, const bf16 *latent, long stride, float *out, long C) {
@@ -987,10 +998,15 @@ static void weighted_sum(long rows, long keys, const float *weights, const bf16 
 }
 
 typedef struct { long T, C, D; float scale; } absorb_shape;
-typedef struct { const bf16 *latent, *k_pe; long latent_stride, k_pe_stride; const uint8_t *mask; long mask_stride; } cache_rows;
+typedef struct {
+    const bf16 *latent, *k_pe;
+    long latent_stride, k_pe_stride;
+    const uint8_t *mask;  /* or null */
+    long mask_stride;
+} cache_rows;
 
-/* Keys first..last for the rows (heads and new tokens) of one sequence, q (rows, C) and q_pe (rows, D): top, sum (rows) and
-   out (rows, C). */
+/* Keys first..last for the rows (heads and new tokens) of one sequence, q (rows, C) and q_pe (rows, D). Writes each row's
+   largest score, its sum of weights e^(score - largest), and out (rows, C), its weighted sum of latents. */
 static void attend_block(absorb_shape n, long rows, long first, long last, const bf16 *q, const bf16 *q_pe, cache_rows cache,
                          float *top, float *sum, float *out, float *scores) {
     for (long s = first; s < last; s++)
@@ -1020,18 +1036,19 @@ static void attend_block(absorb_shape n, long rows, long first, long last, const
 #ifdef HAS_AMX
 enum { PACKED_KEYS = 128 };  /* keys whose latents are packed at once */
 
-/* From the tiles of 16 columns to those of the next 16: not a multiple of 4096 bytes. */
+/* Elements from the tiles of 16 columns to those of the next 16: not a multiple of 4096 bytes, of which the cache keeps few. */
 static inline long column_stride(long keys) { return keys * 16 + 32; }
 
-/* Elements of one thread's scratch memory for blocks of `block` keys. */
+/* bf16 elements of one thread's scratch memory for blocks of `block` keys: packed latents, the last keys, weights p. */
 static inline long tile_scratch(long C, long D, long groups, long block) {
     return C / 16 * column_stride(PACKED_KEYS) + 32 * (C + D) + groups * 16 * block;
 }
 
-/* `live` rows of (., C) with a stride, as pairs of rows side by side: tiles (C / 16, keys / 32) of 16 pairs of keys and 16
-   columns; zeros for keys from `live` on. */
+/* Packs `live` rows of (., C) with a stride for B, two keys side by side: tiles (C / 16, keys / 32) of 16 pairs of keys and 16
+   columns, with zeros for keys from `live` on. */
 static void pack_values(const bf16 *rows, long stride, long live, long keys, long C, bf16 *tiles) {
-    __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                   39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (long i = 0; i < keys / 2; i++)
         for (long c = 0; c < C; c += 32) {
@@ -1044,8 +1061,10 @@ static void pack_values(const bf16 *rows, long stride, long live, long keys, lon
         }
 }
 
-/* Scores of one row and its keys, hidden ones very low, to p = e^(score - largest) in bf16, zeros up to `padded`. */
-static void softmax_row(long keys, long padded, float *scores, const uint8_t *mask, float scale, float *top, float *sum, bf16 *p) {
+/* Turns the scores of one row into weights p = e^(score - largest) in bf16, with zeros from `keys` to `padded`. Hidden keys
+   get HIDDEN_SCORE. */
+static void softmax_row(long keys, long padded, float *scores, const uint8_t *mask, float scale, float *top, float *sum,
+                        bf16 *p) {
     __m512 most = _mm512_set1_ps(HIDDEN_SCORE), total = _mm512_setzero_ps();
     for (long s = 0; s < keys; s += 16) {
         __m512 x = masked_scores(scores + s, keys - s, mask ? mask + s : NULL, scale, HIDDEN_SCORE);
@@ -1060,8 +1079,9 @@ static void softmax_row(long keys, long padded, float *scores, const uint8_t *ma
     *sum = _mm512_reduce_add_ps(total);
 }
 
-/* scores (rows, padded) of the keys of one block by tiles, 16 rows together; q holds them as columns, latents above the
-   rotated part. Keys are the rows of A as they are cached; the last ones, if not 32, are copied to `end` first. */
+/* scores (rows, padded) of the keys of one block by tiles, `groups` groups of 16 rows. q holds the rows as columns, those for
+   the latents first, then those for k_pe. Keys are the rows of A as they are cached, 32 at a time; fewer than 32 last ones
+   are copied to `end` first. */
 static void score_tiles(absorb_shape n, long groups, long keys, long padded, const uint32_t *q, const bf16 *latent,
                         const bf16 *k_pe, cache_rows cache, float *scores, bf16 *end) {
     float sums[32][32];  /* keys, rows */
@@ -1095,7 +1115,7 @@ static void score_tiles(absorb_shape n, long groups, long keys, long padded, con
     }
 }
 
-/* out (16 groups, C) = or += p (16 groups, `now` of padded) times packed values. */
+/* out (16 groups, C) = or += p times packed values. p (16 groups, `now` keys) has `padded` elements from row to row. */
 static void add_values(long groups, long C, long now, long padded, const bf16 *p, const bf16 *values, float *out, int add) {
     long stride = column_stride(now);
     for (long g = 0; g < groups; g++)
@@ -1116,7 +1136,7 @@ static void add_values(long groups, long C, long now, long padded, const bf16 *p
         }
 }
 
-/* As attend_block by tiles. scores (rows, padded) and out (rows, C) have rows up to a multiple of 16. */
+/* As attend_block, by tiles. scores (rows, padded) and out (rows, C) have room for a multiple of 16 rows. */
 static void attend_block_tiles(absorb_shape n, long rows, long first, long last, const uint32_t *q, cache_rows cache,
                                float *top, float *sum, float *out, float *scores, bf16 *scratch) {
     long keys = last - first, padded = (keys + 31) / 32 * 32, groups = (rows + 15) / 16;
@@ -1134,7 +1154,7 @@ static void attend_block_tiles(absorb_shape n, long rows, long first, long last,
     }
 }
 
-/* 16 rows of q (., C) and q_pe (., D) as columns. */
+/* Packs the 16 rows of one group, q (., C) and q_pe (., D), as columns. */
 static void pack_queries(absorb_shape n, long group, long rows, const bf16 *q, const bf16 *q_pe, uint32_t *columns) {
     int64_t number[16];
     for (int i = 0; i < 16; i++) number[i] = group * 16 + i;
@@ -1154,8 +1174,13 @@ static void absorb_query(long dn, long C, const bf16 *q_nope, const bf16 *up_k, 
     for (long c = 0; c < C; c++) q[c] = to_bf16(sums[c]);
 }
 
-/* Merges the blocks of one row, part (block): (top, sum, mixed (C)), and sends it through UV (dv, C) to out (dv). */
-static void merge_row(long blocks, long per_block, long rows, long r, long C, long dv, const float *parts, const bf16 *up_v, bf16 *out) {
+/* Keys of one block of S: 128, and more of them where there would be more than 64 blocks. A multiple of 32. */
+static inline long block_of(long S) { return (S + 63) / 64 > 128 ? ((S + 63) / 64 + 31) / 32 * 32 : 128; }
+
+/* Merges the blocks of one row and multiplies the result by UV (dv, C) to out (dv). The part of a block, `per_block` floats,
+   holds the largest score and the sum of each row, then each row's weighted sum of latents (C). */
+static void merge_row(long blocks, long per_block, long rows, long r, long C, long dv, const float *parts, const bf16 *up_v,
+                      bf16 *out) {
     float sums[MAX_LATENT], most = HIDDEN_SCORE, total = 0;
     bf16 mixed[MAX_LATENT];
     const bf16 *at = mixed;
@@ -1176,11 +1201,13 @@ static void merge_row(long blocks, long per_block, long rows, long r, long C, lo
 }
 
 /* Absorbed attention of one layer. q_nope (B, h, T, dn), q_pe (B, h, T, D), up (h, dn + dv, C), latent (B, S, C) and k_pe
-   (B, S, D) with strides, mask (B or 1, T, S) bytes or null; out (B, T, h, dv). C is at most MAX_LATENT, S at least 1. */
+   (B, S, D) with strides in elements from sequence to sequence and from token to token, mask (B or 1, T, S) bytes or null,
+   mask_batch bytes from sequence to sequence; out (B, T, h, dv). C is at most MAX_LATENT, S at least 1. A query whose
+   keys are all hidden gets the mean of all values. */
 int absorb(long B, long heads, long T, long S, long dn, long dv, long C, long D, float scale,
            const bf16 *q_nope, const bf16 *q_pe, const bf16 *up, const bf16 *latent, long latent_batch, long latent_stride,
            const bf16 *k_pe, long k_pe_batch, long k_pe_stride, const uint8_t *mask, long mask_batch, bf16 *out) {
-    long rows = heads * T, block = (S + 63) / 64 > 128 ? ((S + 63) / 64 + 31) / 32 * 32 : 128, blocks = (S + block - 1) / block;
+    long rows = heads * T, block = block_of(S), blocks = (S + block - 1) / block;
     long groups = (rows + 15) / 16, per_block = groups * 16 * (C + 2 + block);
     absorb_shape n = {T, C, D, scale};
     int failed = 0;
@@ -1194,51 +1221,42 @@ int absorb(long B, long heads, long T, long S, long dn, long dv, long C, long D,
 #endif
     #pragma omp parallel
     {
-        #pragma omp for collapse(2) schedule(static)
-        for (long b = 0; b < B; b++)
-            for (long r = 0; r < rows; r++) {
-                long row = b * rows + r;
-                absorb_query(dn, C, q_nope + row * dn, up + (r / T) * (dn + dv) * C, q + row * C);
-            }
+        #pragma omp for schedule(static)
+        for (long row = 0; row < B * rows; row++)
+            absorb_query(dn, C, q_nope + row * dn, up + row % rows / T * (dn + dv) * C, q + row * C);
 #ifdef HAS_AMX
-        bf16 *scratch = tiles ? allocate(2 * tile_scratch(C, D, groups, block)) : NULL;
-        if (tiles && !scratch) {
-            #pragma omp atomic write
-            failed = NO_MEMORY;
-        }
+        bf16 *scratch = tiles ? allocate_in_thread(2 * tile_scratch(C, D, groups, block), &failed) : NULL;
         tile_config before = open_tiles();
-        #pragma omp for collapse(2) schedule(static)
-        for (long b = 0; b < B; b++)
-            for (long g = 0; g < groups; g++)
-                if (tiles) pack_queries(n, g, rows, q + b * rows * C, q_pe + b * rows * D, columns + b * groups * 8 * (C + D));
+        #pragma omp for schedule(static)
+        for (long i = 0; i < (tiles ? B * groups : 0); i++)
+            pack_queries(n, i % groups, rows, q + i / groups * rows * C, q_pe + i / groups * rows * D,
+                         columns + i / groups * groups * 8 * (C + D));
 #endif
         #pragma omp for collapse(2) schedule(static)
         for (long b = 0; b < B; b++)
             for (long k = 0; k < blocks; k++) {
-                float *part = memory + (b * blocks + k) * per_block;
+                float *part = memory + (b * blocks + k) * per_block, *mixed = part + 2 * rows, *scores = mixed + groups * 16 * C;
                 long first = k * block, last = first + block < S ? first + block : S;
-                float *sum = part + rows, *mixed = part + 2 * rows, *scores = mixed + groups * 16 * C;
                 cache_rows cache = {latent + b * latent_batch, k_pe + b * k_pe_batch, latent_stride, k_pe_stride,
                                     mask ? mask + b * mask_batch : NULL, S};
 #ifdef HAS_AMX
-                if (tiles) {
-                    if (scratch)
-                        attend_block_tiles(n, rows, first, last, columns + b * groups * 8 * (C + D), cache, part, sum, mixed,
-                                           scores, scratch);
-                    continue;
-                }
+                if (scratch)
+                    attend_block_tiles(n, rows, first, last, columns + b * groups * 8 * (C + D), cache, part, part + rows, mixed,
+                                       scores, scratch);
+                if (tiles) continue;
 #endif
-                attend_block(n, rows, first, last, q + b * rows * C, q_pe + b * rows * D, cache, part, sum, mixed, scores);
+                attend_block(n, rows, first, last, q + b * rows * C, q_pe + b * rows * D, cache, part, part + rows, mixed, scores);
             }
 #ifdef HAS_AMX
         close_tiles(before);
         free(scratch);
 #endif
-        #pragma omp for collapse(2) schedule(static)
-        for (long b = 0; b < B; b++)
-            for (long r = 0; r < rows; r++)
-                merge_row(blocks, per_block, rows, r, C, dv, memory + b * blocks * per_block,
-                          up + ((r / T) * (dn + dv) + dn) * C, out + ((b * T + r % T) * heads + r / T) * dv);
+        #pragma omp for schedule(static)
+        for (long row = 0; row < B * rows; row++) {
+            long b = row / rows, h = row % rows / T, t = row % T;
+            merge_row(blocks, per_block, rows, row % rows, C, dv, memory + b * blocks * per_block,
+                      up + (h * (dn + dv) + dn) * C, out + ((b * T + t) * heads + h) * dv);
+        }
     }
     free(memory);
 #ifdef HAS_AMX

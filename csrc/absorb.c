@@ -1,7 +1,7 @@
-/* Absorbed attention of few new tokens: q_nope goes through the upper half of kv_b_proj (UK), attends to the latents as they
-   are cached, and comes back through the lower half (UV). The cache is cut into blocks of keys, which threads take; each
-   block leaves its largest score, its sum and its weighted sum of latents, and these are merged in order, so the result does
-   not depend on the number of threads. */
+/* Absorbed attention of few new tokens. kv_b_proj holds for each head a matrix for keys (UK) above one for values (UV).
+   q_nope is multiplied by UK and attends to the latents as they are cached; the weighted sum of latents is multiplied by
+   UV. The cache is cut into blocks of keys, which threads share; each block yields its largest score, its sum of weights
+   and its weighted sum of latents, and these are merged in order, so the result does not depend on the number of threads. */
 
 #include "common.h"
 #include "amx.h"
@@ -17,9 +17,10 @@ static inline void add_scaled(float *out, float p, const bf16 *row, long C) {
     for (long c = 0; c < C; c++) out[c] += p * to_float(row[c]);
 }
 
-typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
+/* Vectors of the compiler, loaded from and stored to arrays at any address. */
+typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
+typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
 
 /* out (n, 32 of C) = sum over the keys of weight * latent, n <= 4 rows with their sums in registers. */
 INLINE void weighted_sum_tile(int n, long keys, const float *weights, const bf16 *latent, long stride, float *out, long C) {
@@ -57,10 +58,15 @@ static void weighted_sum(long rows, long keys, const float *weights, const bf16 
 }
 
 typedef struct { long T, C, D; float scale; } absorb_shape;
-typedef struct { const bf16 *latent, *k_pe; long latent_stride, k_pe_stride; const uint8_t *mask; long mask_stride; } cache_rows;
+typedef struct {
+    const bf16 *latent, *k_pe;
+    long latent_stride, k_pe_stride;
+    const uint8_t *mask;  /* or null */
+    long mask_stride;
+} cache_rows;
 
-/* Keys first..last for the rows (heads and new tokens) of one sequence, q (rows, C) and q_pe (rows, D): top, sum (rows) and
-   out (rows, C). */
+/* Keys first..last for the rows (heads and new tokens) of one sequence, q (rows, C) and q_pe (rows, D). Writes each row's
+   largest score, its sum of weights e^(score - largest), and out (rows, C), its weighted sum of latents. */
 static void attend_block(absorb_shape n, long rows, long first, long last, const bf16 *q, const bf16 *q_pe, cache_rows cache,
                          float *top, float *sum, float *out, float *scores) {
     for (long s = first; s < last; s++)
@@ -90,18 +96,19 @@ static void attend_block(absorb_shape n, long rows, long first, long last, const
 #ifdef HAS_AMX
 enum { PACKED_KEYS = 128 };  /* keys whose latents are packed at once */
 
-/* From the tiles of 16 columns to those of the next 16: not a multiple of 4096 bytes. */
+/* Elements from the tiles of 16 columns to those of the next 16: not a multiple of 4096 bytes, of which the cache keeps few. */
 static inline long column_stride(long keys) { return keys * 16 + 32; }
 
-/* Elements of one thread's scratch memory for blocks of `block` keys. */
+/* bf16 elements of one thread's scratch memory for blocks of `block` keys: packed latents, the last keys, weights p. */
 static inline long tile_scratch(long C, long D, long groups, long block) {
     return C / 16 * column_stride(PACKED_KEYS) + 32 * (C + D) + groups * 16 * block;
 }
 
-/* `live` rows of (., C) with a stride, as pairs of rows side by side: tiles (C / 16, keys / 32) of 16 pairs of keys and 16
-   columns; zeros for keys from `live` on. */
+/* Packs `live` rows of (., C) with a stride for B, two keys side by side: tiles (C / 16, keys / 32) of 16 pairs of keys and 16
+   columns, with zeros for keys from `live` on. */
 static void pack_values(const bf16 *rows, long stride, long live, long keys, long C, bf16 *tiles) {
-    __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+                                   39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (long i = 0; i < keys / 2; i++)
         for (long c = 0; c < C; c += 32) {
@@ -114,8 +121,10 @@ static void pack_values(const bf16 *rows, long stride, long live, long keys, lon
         }
 }
 
-/* Scores of one row and its keys, hidden ones very low, to p = e^(score - largest) in bf16, zeros up to `padded`. */
-static void softmax_row(long keys, long padded, float *scores, const uint8_t *mask, float scale, float *top, float *sum, bf16 *p) {
+/* Turns the scores of one row into weights p = e^(score - largest) in bf16, with zeros from `keys` to `padded`. Hidden keys
+   get HIDDEN_SCORE. */
+static void softmax_row(long keys, long padded, float *scores, const uint8_t *mask, float scale, float *top, float *sum,
+                        bf16 *p) {
     __m512 most = _mm512_set1_ps(HIDDEN_SCORE), total = _mm512_setzero_ps();
     for (long s = 0; s < keys; s += 16) {
         __m512 x = masked_scores(scores + s, keys - s, mask ? mask + s : NULL, scale, HIDDEN_SCORE);
@@ -130,8 +139,9 @@ static void softmax_row(long keys, long padded, float *scores, const uint8_t *ma
     *sum = _mm512_reduce_add_ps(total);
 }
 
-/* scores (rows, padded) of the keys of one block by tiles, 16 rows together; q holds them as columns, latents above the
-   rotated part. Keys are the rows of A as they are cached; the last ones, if not 32, are copied to `end` first. */
+/* scores (rows, padded) of the keys of one block by tiles, `groups` groups of 16 rows. q holds the rows as columns, those for
+   the latents first, then those for k_pe. Keys are the rows of A as they are cached, 32 at a time; fewer than 32 last ones
+   are copied to `end` first. */
 static void score_tiles(absorb_shape n, long groups, long keys, long padded, const uint32_t *q, const bf16 *latent,
                         const bf16 *k_pe, cache_rows cache, float *scores, bf16 *end) {
     float sums[32][32];  /* keys, rows */
@@ -165,7 +175,7 @@ static void score_tiles(absorb_shape n, long groups, long keys, long padded, con
     }
 }
 
-/* out (16 groups, C) = or += p (16 groups, `now` of padded) times packed values. */
+/* out (16 groups, C) = or += p times packed values. p (16 groups, `now` keys) has `padded` elements from row to row. */
 static void add_values(long groups, long C, long now, long padded, const bf16 *p, const bf16 *values, float *out, int add) {
     long stride = column_stride(now);
     for (long g = 0; g < groups; g++)
@@ -186,7 +196,7 @@ static void add_values(long groups, long C, long now, long padded, const bf16 *p
         }
 }
 
-/* As attend_block by tiles. scores (rows, padded) and out (rows, C) have rows up to a multiple of 16. */
+/* As attend_block, by tiles. scores (rows, padded) and out (rows, C) have room for a multiple of 16 rows. */
 static void attend_block_tiles(absorb_shape n, long rows, long first, long last, const uint32_t *q, cache_rows cache,
                                float *top, float *sum, float *out, float *scores, bf16 *scratch) {
     long keys = last - first, padded = (keys + 31) / 32 * 32, groups = (rows + 15) / 16;
@@ -204,7 +214,7 @@ static void attend_block_tiles(absorb_shape n, long rows, long first, long last,
     }
 }
 
-/* 16 rows of q (., C) and q_pe (., D) as columns. */
+/* Packs the 16 rows of one group, q (., C) and q_pe (., D), as columns. */
 static void pack_queries(absorb_shape n, long group, long rows, const bf16 *q, const bf16 *q_pe, uint32_t *columns) {
     int64_t number[16];
     for (int i = 0; i < 16; i++) number[i] = group * 16 + i;
@@ -224,8 +234,13 @@ static void absorb_query(long dn, long C, const bf16 *q_nope, const bf16 *up_k, 
     for (long c = 0; c < C; c++) q[c] = to_bf16(sums[c]);
 }
 
-/* Merges the blocks of one row, part (block): (top, sum, mixed (C)), and sends it through UV (dv, C) to out (dv). */
-static void merge_row(long blocks, long per_block, long rows, long r, long C, long dv, const float *parts, const bf16 *up_v, bf16 *out) {
+/* Keys of one block of S: 128, and more of them where there would be more than 64 blocks. A multiple of 32. */
+static inline long block_of(long S) { return (S + 63) / 64 > 128 ? ((S + 63) / 64 + 31) / 32 * 32 : 128; }
+
+/* Merges the blocks of one row and multiplies the result by UV (dv, C) to out (dv). The part of a block, `per_block` floats,
+   holds the largest score and the sum of each row, then each row's weighted sum of latents (C). */
+static void merge_row(long blocks, long per_block, long rows, long r, long C, long dv, const float *parts, const bf16 *up_v,
+                      bf16 *out) {
     float sums[MAX_LATENT], most = HIDDEN_SCORE, total = 0;
     bf16 mixed[MAX_LATENT];
     const bf16 *at = mixed;
@@ -246,11 +261,13 @@ static void merge_row(long blocks, long per_block, long rows, long r, long C, lo
 }
 
 /* Absorbed attention of one layer. q_nope (B, h, T, dn), q_pe (B, h, T, D), up (h, dn + dv, C), latent (B, S, C) and k_pe
-   (B, S, D) with strides, mask (B or 1, T, S) bytes or null; out (B, T, h, dv). C is at most MAX_LATENT, S at least 1. */
+   (B, S, D) with strides in elements from sequence to sequence and from token to token, mask (B or 1, T, S) bytes or null,
+   mask_batch bytes from sequence to sequence; out (B, T, h, dv). C is at most MAX_LATENT, S at least 1. A query whose
+   keys are all hidden gets the mean of all values. */
 int absorb(long B, long heads, long T, long S, long dn, long dv, long C, long D, float scale,
            const bf16 *q_nope, const bf16 *q_pe, const bf16 *up, const bf16 *latent, long latent_batch, long latent_stride,
            const bf16 *k_pe, long k_pe_batch, long k_pe_stride, const uint8_t *mask, long mask_batch, bf16 *out) {
-    long rows = heads * T, block = (S + 63) / 64 > 128 ? ((S + 63) / 64 + 31) / 32 * 32 : 128, blocks = (S + block - 1) / block;
+    long rows = heads * T, block = block_of(S), blocks = (S + block - 1) / block;
     long groups = (rows + 15) / 16, per_block = groups * 16 * (C + 2 + block);
     absorb_shape n = {T, C, D, scale};
     int failed = 0;
@@ -264,51 +281,42 @@ int absorb(long B, long heads, long T, long S, long dn, long dv, long C, long D,
 #endif
     #pragma omp parallel
     {
-        #pragma omp for collapse(2) schedule(static)
-        for (long b = 0; b < B; b++)
-            for (long r = 0; r < rows; r++) {
-                long row = b * rows + r;
-                absorb_query(dn, C, q_nope + row * dn, up + (r / T) * (dn + dv) * C, q + row * C);
-            }
+        #pragma omp for schedule(static)
+        for (long row = 0; row < B * rows; row++)
+            absorb_query(dn, C, q_nope + row * dn, up + row % rows / T * (dn + dv) * C, q + row * C);
 #ifdef HAS_AMX
-        bf16 *scratch = tiles ? allocate(2 * tile_scratch(C, D, groups, block)) : NULL;
-        if (tiles && !scratch) {
-            #pragma omp atomic write
-            failed = NO_MEMORY;
-        }
+        bf16 *scratch = tiles ? allocate_in_thread(2 * tile_scratch(C, D, groups, block), &failed) : NULL;
         tile_config before = open_tiles();
-        #pragma omp for collapse(2) schedule(static)
-        for (long b = 0; b < B; b++)
-            for (long g = 0; g < groups; g++)
-                if (tiles) pack_queries(n, g, rows, q + b * rows * C, q_pe + b * rows * D, columns + b * groups * 8 * (C + D));
+        #pragma omp for schedule(static)
+        for (long i = 0; i < (tiles ? B * groups : 0); i++)
+            pack_queries(n, i % groups, rows, q + i / groups * rows * C, q_pe + i / groups * rows * D,
+                         columns + i / groups * groups * 8 * (C + D));
 #endif
         #pragma omp for collapse(2) schedule(static)
         for (long b = 0; b < B; b++)
             for (long k = 0; k < blocks; k++) {
-                float *part = memory + (b * blocks + k) * per_block;
+                float *part = memory + (b * blocks + k) * per_block, *mixed = part + 2 * rows, *scores = mixed + groups * 16 * C;
                 long first = k * block, last = first + block < S ? first + block : S;
-                float *sum = part + rows, *mixed = part + 2 * rows, *scores = mixed + groups * 16 * C;
                 cache_rows cache = {latent + b * latent_batch, k_pe + b * k_pe_batch, latent_stride, k_pe_stride,
                                     mask ? mask + b * mask_batch : NULL, S};
 #ifdef HAS_AMX
-                if (tiles) {
-                    if (scratch)
-                        attend_block_tiles(n, rows, first, last, columns + b * groups * 8 * (C + D), cache, part, sum, mixed,
-                                           scores, scratch);
-                    continue;
-                }
+                if (scratch)
+                    attend_block_tiles(n, rows, first, last, columns + b * groups * 8 * (C + D), cache, part, part + rows, mixed,
+                                       scores, scratch);
+                if (tiles) continue;
 #endif
-                attend_block(n, rows, first, last, q + b * rows * C, q_pe + b * rows * D, cache, part, sum, mixed, scores);
+                attend_block(n, rows, first, last, q + b * rows * C, q_pe + b * rows * D, cache, part, part + rows, mixed, scores);
             }
 #ifdef HAS_AMX
         close_tiles(before);
         free(scratch);
 #endif
-        #pragma omp for collapse(2) schedule(static)
-        for (long b = 0; b < B; b++)
-            for (long r = 0; r < rows; r++)
-                merge_row(blocks, per_block, rows, r, C, dv, memory + b * blocks * per_block,
-                          up + ((r / T) * (dn + dv) + dn) * C, out + ((b * T + r % T) * heads + r / T) * dv);
+        #pragma omp for schedule(static)
+        for (long row = 0; row < B * rows; row++) {
+            long b = row / rows, h = row % rows / T, t = row % T;
+            merge_row(blocks, per_block, rows, row % rows, C, dv, memory + b * blocks * per_block,
+                      up + (h * (dn + dv) + dn) * C, out + ((b * T + t) * heads + h) * dv);
+        }
     }
     free(memory);
 #ifdef HAS_AMX

@@ -8,14 +8,16 @@
      absorb.c    attention of few new tokens on the latent cache, between the two products of kv_b_proj
 
    It is one translation unit: scripts/embed_c.py joins the files in this order to the string that kimi_cpu.py compiles on
-   the user's machine with -march=native. So everything is static but the functions that kimi_cpu.py calls. They trust
+   the user's machine with -march=native. Everything is static but the functions that kimi_cpu.py calls. They do not check
    their arguments: kimi_cpu.py checks shapes, dtypes and strides. Their results do not depend on the number of threads.
+   bf16 arrays may begin at any address that holds a bf16, and nothing outside an array is read. tests/test_csrc.py holds
+   all of this to account: with sanitizers, and with pages around each array that no access may touch.
 
    Three levels, chosen by the compiler's macros: AVX-512 with bf16 dot products (__AVX512BF16__), AMX above it (HAS_AMX),
    and plain loops for every other machine, which the compiler turns into the vectors it has.
 
-   Letters: B sequences, T new tokens, S tokens in the cache, R rows, N outputs, M inputs, H hidden size, I inner size of
-   an expert. Matrices are row by row; (N, M) has M numbers side by side. Sums are fp32. */
+   Letters: B sequences, h heads, T new tokens, S tokens in the cache, R rows, N outputs, M inputs, H hidden size, I inner
+   size of an expert. Matrices are stored row by row; (N, M) has M numbers side by side. Sums are fp32. */
 
 #ifndef KIMI_COMMON_H
 #define KIMI_COMMON_H
@@ -47,7 +49,7 @@ static inline int omp_get_num_threads(void) { return 1; }
 
 typedef struct { long first, last; } range;
 
-/* The part of 0..total that falls to this thread. */
+/* This thread's share of 0..total. */
 static inline range thread_share(long total) {
     long threads = omp_get_num_threads(), thread = omp_get_thread_num();
     range r = {total * thread / threads, total * (thread + 1) / threads};
@@ -56,6 +58,16 @@ static inline range thread_share(long total) {
 
 /* Memory for free(), at an address that is a multiple of 64. Null means that there is none, also for zero bytes. */
 static inline void *allocate(long bytes) { return aligned_alloc(64, ((size_t)bytes + 64) / 64 * 64); }
+
+/* The same in one of several threads, which share `failed`: it becomes NO_MEMORY where the result is null. */
+static inline void *allocate_in_thread(long bytes, int *failed) {
+    void *memory = allocate(bytes);
+    if (!memory) {
+        #pragma omp atomic write
+        *failed = NO_MEMORY;
+    }
+    return memory;
+}
 
 /* --------------------------------------------------------------------------------------------------------------- bf16 */
 
@@ -82,7 +94,7 @@ static inline __mmask16 first_lanes(long count) {
 }
 #endif
 
-/* out[r] = the sum over M of a * x[r]: one row of a matrix for each of `rows` inputs. */
+/* out[r] = the sum over M of a * x[r]: one row of a matrix times each of `rows` vectors. */
 #ifdef __AVX512BF16__
 INLINE void dot_bf16_rows(const bf16 *a, const bf16 *const *x, long M, int rows, float *out) {
     __m512 even[MAX_ROWS], odd[MAX_ROWS];

@@ -1,14 +1,16 @@
 /* Routed experts with int4 weights: few rows with the words as they are, many rows by tiles, and unpacking for PyTorch's
    own product.
 
-   How a word becomes numbers. The code of input m is nibble m % 8 of word m // 8. For s = 0..3
+   The format. A matrix (N, M) is stored as words (N, M/8) of 32 bits and scales (N, M/32) in bf16. The code of input m is
+   nibble m % 8 of word m // 8, the lowest nibble first; the weight is (code - 8) * scale of its group of 32 inputs.
+
+   How a word becomes numbers. For s = 0..3
 
      ((word >> 4 s) & 0x000F000F) | 0x43004300
 
-   are two bf16 numbers, 128 + code of nibble s and 128 + code of nibble s + 4: 0x4300 is 128 in bf16, where the last bit
+   are two bf16 numbers, 128 + code of nibble s and 128 + code of nibble s + 4: 0x4300 is 128 in bf16, and its last bit
    counts one. So no conversion is needed: AVX-512's bf16 dot product takes them as they are, and 136 times the sum of the
-   inputs is subtracted afterwards, since code - 8 = (128 + code) - 136. Inputs are arranged in that order beforehand. Sums
-   are fp32, and each group of 32 inputs is scaled as a whole. */
+   inputs is subtracted, since code - 8 = (128 + code) - 136. Inputs are arranged in that order beforehand. Sums are fp32. */
 
 #include "common.h"
 #include "amx.h"
@@ -24,6 +26,12 @@ static inline int4_matrix rows_of(int4_matrix matrix, long row, long M) {
 
 /* Inputs of one row, arranged: pairs[s * M/8 + w] = (x[8w + s], x[8w + s + 4]), offset[w] = 136 * (sum of word w's inputs). */
 typedef struct { uint32_t *pairs; float *offset; } arranged;
+
+/* One of several arranged rows of M inputs. */
+static inline arranged arranged_row(arranged all, long row, long M) {
+    arranged one = {all.pairs + row * (M / 2), all.offset + row * (M / 8)};
+    return one;
+}
 
 static void arrange(const bf16 *x, long M, arranged to) {
     long W = M / 8;
@@ -42,7 +50,8 @@ static void arrange(const bf16 *x, long M, arranged to) {
 #define SCALE_OF_WORD(a) \
     _mm512_set_epi32(a + 3, a + 3, a + 3, a + 3, a + 2, a + 2, a + 2, a + 2, a + 1, a + 1, a + 1, a + 1, a, a, a, a)
 
-/* 16 words from w on, of which `live` are there, each with its scale: sums unscaled codes, then scales. */
+/* total += scale * (the product of a word's 8 weights without scale and their inputs), for each of 16 words from w on. Lanes
+   that are not live read no inputs; their words and scales are zero. */
 INLINE void step_int4(__m512i word, __m512 scale, long w, long W, __mmask16 live, int rows, const arranged *x, __m512 *total) {
     const __m512i mask = _mm512_set1_epi32(0x000F000F), base = _mm512_set1_epi32(0x43004300);
     __m512bh code[4];
@@ -65,17 +74,18 @@ INLINE void dot_int4_rows(int4_matrix a, long M, int rows, const arranged *x, fl
     __m512 total[MAX_ROWS];
     for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
     for (; w + 64 <= W; w += 64) {
-        for (int k = 0; k < 4; k++) _mm_prefetch((const char *)(words + w + 16 * k) + PREFETCH_BYTES, _MM_HINT_T1);
+        const __m512i *word = (const __m512i *)(words + w);  /* at any address */
+        for (int k = 0; k < 4; k++) _mm_prefetch((const char *)(word + k) + PREFETCH_BYTES, _MM_HINT_T1);
         __m512 s = load_floats(a.scale + w / 4);
-        step_int4(_mm512_loadu_si512(words + w), _mm512_permutexvar_ps(SCALE_OF_WORD(0), s), w, W, 0xFFFF, rows, x, total);
-        step_int4(_mm512_loadu_si512(words + w + 16), _mm512_permutexvar_ps(SCALE_OF_WORD(4), s), w + 16, W, 0xFFFF, rows, x, total);
-        step_int4(_mm512_loadu_si512(words + w + 32), _mm512_permutexvar_ps(SCALE_OF_WORD(8), s), w + 32, W, 0xFFFF, rows, x, total);
-        step_int4(_mm512_loadu_si512(words + w + 48), _mm512_permutexvar_ps(SCALE_OF_WORD(12), s), w + 48, W, 0xFFFF, rows, x, total);
+        step_int4(_mm512_loadu_si512(word), _mm512_permutexvar_ps(SCALE_OF_WORD(0), s), w, W, 0xFFFF, rows, x, total);
+        step_int4(_mm512_loadu_si512(word + 1), _mm512_permutexvar_ps(SCALE_OF_WORD(4), s), w + 16, W, 0xFFFF, rows, x, total);
+        step_int4(_mm512_loadu_si512(word + 2), _mm512_permutexvar_ps(SCALE_OF_WORD(8), s), w + 32, W, 0xFFFF, rows, x, total);
+        step_int4(_mm512_loadu_si512(word + 3), _mm512_permutexvar_ps(SCALE_OF_WORD(12), s), w + 48, W, 0xFFFF, rows, x, total);
     }
     for (; w < W; w += 16) {
         __mmask16 live = first_lanes(W - w), groups = first_lanes((W - w) / 4) & 0xF;
-        __m512 s = floats_of(_mm256_maskz_loadu_epi16(groups, a.scale + w / 4));
-        step_int4(_mm512_maskz_loadu_epi32(live, words + w), _mm512_permutexvar_ps(SCALE_OF_WORD(0), s), w, W, live, rows, x, total);
+        __m512 s = _mm512_permutexvar_ps(SCALE_OF_WORD(0), floats_of(_mm256_maskz_loadu_epi16(groups, a.scale + w / 4)));
+        step_int4(_mm512_maskz_loadu_epi32(live, words + w), s, w, W, live, rows, x, total);
     }
     for (int r = 0; r < rows; r++) out[r] = _mm512_reduce_add_ps(total[r]);
 }
@@ -132,59 +142,48 @@ static long make_jobs(long P, const int64_t *experts, long *order, long *begin) 
 int experts_int4_few_rows(long R, long K, long H, long I, long E, const bf16 *x, const int64_t *experts, const float *weights,
                           const uint32_t *gate_words, const bf16 *gate_scale, const uint32_t *up_words, const bf16 *up_scale,
                           const uint32_t *down_words, const bf16 *down_scale, float *out) {
-    long P = R * K, jobs, in = H / 8, mid = I / 8;
+    long P = R * K, jobs;
     int4_matrix gate = {gate_words, gate_scale}, up = {up_words, up_scale}, down = {down_words, down_scale};
     for (long p = 0; p < P; p++)
         if (experts[p] < 0 || experts[p] >= E) return BAD_ID;
-    char *memory = allocate(P * 16 + 8 + R * in * 20 + P * (I * 2 + mid * 20 + H * 4));
+    char *memory = allocate(P * 16 + 8 + R * H / 8 * 20 + P * (I * 2 + I / 8 * 20 + H * 4));
     if (!memory) return NO_MEMORY;
     long *order = (long *)memory, *begin = order + P;
-    uint32_t *x_pairs = (uint32_t *)(begin + P + 1), *hidden_pairs = x_pairs + R * in * 4;
-    float *x_offset = (float *)(hidden_pairs + P * mid * 4), *hidden_offset = x_offset + R * in;
-    float *parts = hidden_offset + P * mid;  /* (P, H) */
-    bf16 *hidden = (bf16 *)(parts + P * H);  /* (P, I) */
+    uint32_t *x_pairs = (uint32_t *)(begin + P + 1), *hidden_pairs = x_pairs + R * H / 2;
+    float *x_offset = (float *)(hidden_pairs + P * I / 2), *hidden_offset = x_offset + R * H / 8;
+    float *parts = hidden_offset + P * I / 8;  /* (P, H) */
+    bf16 *hidden = (bf16 *)(parts + P * H);    /* (P, I) */
+    arranged all_x = {x_pairs, x_offset}, all_hidden = {hidden_pairs, hidden_offset};
     jobs = make_jobs(P, experts, order, begin);
     #pragma omp parallel
     {
         #pragma omp for schedule(static)
-        for (long r = 0; r < R; r++) {
-            arranged to = {x_pairs + r * in * 4, x_offset + r * in};
-            arrange(x + r * H, H, to);
-        }
+        for (long r = 0; r < R; r++) arrange(x + r * H, H, arranged_row(all_x, r, H));
         #pragma omp for collapse(2) schedule(static)
         for (long j = 0; j < jobs; j++)
             for (long i = 0; i < I; i++) {
                 arranged inputs[MAX_ROWS];
                 float a[MAX_ROWS], b[MAX_ROWS];
+                const long *pairs = order + begin[j];
                 int rows = (int)(begin[j + 1] - begin[j]);
-                long row = experts[order[begin[j]]] * I + i;
-                for (int r = 0; r < rows; r++) {
-                    long at = order[begin[j] + r] / K;
-                    inputs[r].pairs = x_pairs + at * in * 4, inputs[r].offset = x_offset + at * in;
-                }
+                long row = experts[pairs[0]] * I + i;
+                for (int r = 0; r < rows; r++) inputs[r] = arranged_row(all_x, pairs[r] / K, H);
                 dot_int4(rows_of(gate, row, H), H, rows, inputs, a);
                 dot_int4(rows_of(up, row, H), H, rows, inputs, b);
-                for (int r = 0; r < rows; r++)
-                    hidden[order[begin[j] + r] * I + i] = to_bf16(a[r] / (1.0f + expf(-a[r])) * b[r]);
+                for (int r = 0; r < rows; r++) hidden[pairs[r] * I + i] = to_bf16(a[r] / (1.0f + expf(-a[r])) * b[r]);
             }
         #pragma omp for schedule(static)
-        for (long p = 0; p < P; p++) {
-            arranged to = {hidden_pairs + p * mid * 4, hidden_offset + p * mid};
-            arrange(hidden + p * I, I, to);
-        }
+        for (long p = 0; p < P; p++) arrange(hidden + p * I, I, arranged_row(all_hidden, p, I));
         #pragma omp for collapse(2) schedule(static)
         for (long j = 0; j < jobs; j++)
             for (long h = 0; h < H; h++) {
                 arranged inputs[MAX_ROWS];
                 float y[MAX_ROWS];
+                const long *pairs = order + begin[j];
                 int rows = (int)(begin[j + 1] - begin[j]);
-                long row = experts[order[begin[j]]] * H + h;
-                for (int r = 0; r < rows; r++) {
-                    long p = order[begin[j] + r];
-                    inputs[r].pairs = hidden_pairs + p * mid * 4, inputs[r].offset = hidden_offset + p * mid;
-                }
-                dot_int4(rows_of(down, row, I), I, rows, inputs, y);
-                for (int r = 0; r < rows; r++) parts[order[begin[j] + r] * H + h] = y[r];
+                for (int r = 0; r < rows; r++) inputs[r] = arranged_row(all_hidden, pairs[r], I);
+                dot_int4(rows_of(down, experts[pairs[0]] * H + h, I), I, rows, inputs, y);
+                for (int r = 0; r < rows; r++) parts[pairs[r] * H + h] = y[r];
             }
         #pragma omp for schedule(static)
         for (long r = 0; r < R; r++)
@@ -234,17 +233,17 @@ void unpack_int4(long N, long M, const uint32_t *words, const bf16 *scale, bf16 
 
 #ifdef HAS_AMX
 /* Two blocks of 16 rows of int4 (M inputs) that are unpacked into 2 * M / 32 tiles, each (code - 8) * scale rounded once.
-   It is done in parts of a row between the products of other tiles, since the matrix unit and the vector units can work at
+   This is done in parts of a row between the products of other tiles, since the tile unit and the vector units can work at
    the same time. */
 enum { PART_GROUPS = 8 };  /* groups of 32 inputs */
 typedef struct {
     int4_matrix from[2];
     bf16 *tiles;
     long M, block, row, group;  /* the next part */
-    long parts, steps, due;     /* `parts` parts are spread over `steps` products; due counts in fractions of `steps` */
+    long parts, steps, due;     /* `parts` parts are spread over `steps` products; a part is due when `due` reaches `steps` */
 } unpacking;
 
-/* From one unpacked row to the next: not a multiple of 4096 bytes, of which the cache keeps few. */
+/* Elements from one unpacked row to the next: not a multiple of 4096 bytes, of which the cache keeps few. */
 static inline long row_stride(long M) { return M + 32; }
 
 static inline void unpack_part(unpacking *u) {
@@ -268,7 +267,8 @@ static void finish_unpacking(unpacking *u) { while (u->block < 2) unpack_part(u)
 
 /* sums (32 outputs, 32 rows) = 32 unpacked rows of weights (M inputs) times a block of 16 columns, or `both` it and the
    next one. Meanwhile the next weights are unpacked. */
-static inline void multiply_columns(const bf16 *tiles, const uint32_t *columns, long M, int both, float (*sums)[32], unpacking *next) {
+static inline void multiply_columns(const bf16 *tiles, const uint32_t *columns, long M, int both, float (*sums)[32],
+                                    unpacking *next) {
     const bf16 *a0 = tiles, *a1 = tiles + 16 * row_stride(M);
     const uint32_t *b0 = columns, *b1 = both ? columns + M * 8 : columns;
     clear_tiles();
@@ -300,7 +300,7 @@ static inline __m512i join_pair(const float *gate, const float *up, long stride)
 static void gate_and_up(long n, long last, long blocks, long H, long I, int4_matrix gate, int4_matrix up, const uint32_t *x,
                         uint32_t *hidden, bf16 *tiles) {
     float sums[32][32];  /* gate above up */
-    /* One turn more than outputs: n - 16 is multiplied while n is unpacked. */
+    /* One turn more than there are blocks of outputs: those from n - 16 on are multiplied while those from n on are unpacked. */
     for (long first = n, turn = 0; n < last + 16; n += 16, turn ^= 1) {
         long row = n < last ? n : first;  /* in the last turn nothing is unpacked */
         unpacking next = begin_unpacking(H, (blocks + 1) / 2 * (H / 32), rows_of(gate, row, H), rows_of(up, row, H),
@@ -319,8 +319,8 @@ static void gate_and_up(long n, long last, long blocks, long H, long I, int4_mat
 }
 
 /* sums (32 outputs, 32 rows) of the rows from `first` on: out (., H), from output n on, += weight * sum. */
-static inline void add_weighted(float (*sums)[32], long first, long rows, long H, long n, const int64_t *row, const float *weights,
-                                float *out) {
+static inline void add_weighted(float (*sums)[32], long first, long rows, long H, long n, const int64_t *row,
+                                const float *weights, float *out) {
     for (int i = 0; i < 4; i++) {
         __m512i tile[16];
         transpose_quarter(sums, i, tile);
@@ -364,11 +364,7 @@ int expert_int4_tiles(long place, long start, long R, long H, long I, const bf16
     hidden = columns + blocks * H * 8;
     #pragma omp parallel
     {
-        bf16 *tiles = allocate(128 * row_stride(most));  /* two times 32 rows of weights */
-        if (!tiles) {
-            #pragma omp atomic write
-            failed = NO_MEMORY;
-        }
+        bf16 *tiles = allocate_in_thread(128 * row_stride(most), &failed);  /* two times 32 rows of weights */
         tile_config before = open_tiles();
         #pragma omp for schedule(static)
         for (long b = 0; b < blocks; b++)

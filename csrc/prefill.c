@@ -1,11 +1,11 @@
-/* Attention of many new tokens, for bf16 keys and values made from the latents. Q_ROWS queries at a time meet KEYS keys:
+/* Attention of many new tokens, for bf16 keys and values made from the latents. For Q_ROWS queries and KEYS keys at a time:
 
      scores (Q_ROWS, KEYS)   q (Q_ROWS, dn + dr) times packed keys, fp32
-     p = 2^(scores - largest so far), bf16; sums and largest scores are kept for each row, fp32
+     p = 2^(scores - largest so far), bf16; each row keeps its largest score and its sum of p, fp32
      out (Q_ROWS, dv)       out * 2^(largest before - largest so far) + p times packed values, fp32
 
-   Packed means that the two inputs of a bf16 dot product are side by side: (depth / 2, PANEL, 2), PANEL columns of a
-   product. Of keys the depth is dn + dr, of values it is the keys. */
+   Packed means in panels of PANEL columns, with the two inputs of a bf16 dot product side by side: (depth / 2, PANEL, 2).
+   For keys a column is a key and the depth is dn + dr; for values a column is one of dv and the depth is the keys. */
 
 #include "common.h"
 #include "amx.h"
@@ -14,7 +14,7 @@
 enum { PANEL = 64, SUM_ROWS = 6, Q_ROWS = 96, KEYS = 256 };  /* Q_ROWS is a multiple of SUM_ROWS and of 32 */
 
 /* c (SUM_ROWS, PANEL) fp32 = or += a (SUM_ROWS, 2 pairs) times b, a packed panel. The sums stay in 24 registers. */
-INLINE void multiply_6x64(const uint32_t *a, long a_stride, const uint32_t *b, long pairs, float *c, long c_stride, int add) {
+INLINE void multiply_6x64(const bf16_pair *a, long a_stride, const uint32_t *b, long pairs, float *c, long c_stride, int add) {
     __m512 sum[SUM_ROWS][4];
     for (int r = 0; r < SUM_ROWS; r++)
         for (int v = 0; v < 4; v++) sum[r][v] = add ? _mm512_loadu_ps(c + r * c_stride + 16 * v) : _mm512_setzero_ps();
@@ -31,8 +31,9 @@ INLINE void multiply_6x64(const uint32_t *a, long a_stride, const uint32_t *b, l
 }
 
 /* c (rows, PANEL) fp32 = or += a (rows, pairs) times b, a packed panel. `rows` is a multiple of 32; up to Q_ROWS rows may be
-   read and written. */
-static void multiply_panel(const uint32_t *a, long a_stride, const uint32_t *b, long pairs, float *c, long c_stride, long rows, int add) {
+   read and written, since SUM_ROWS does not divide 32. */
+static void multiply_panel(const bf16_pair *a, long a_stride, const uint32_t *b, long pairs, float *c, long c_stride, long rows,
+                           int add) {
 #ifdef HAS_AMX
     if (has_tiles && pairs % 16 == 0) {
         for (long r = 0; r < rows; r += 32)
@@ -53,9 +54,10 @@ static void multiply_panel(const uint32_t *a, long a_stride, const uint32_t *b, 
         multiply_6x64(a + r * a_stride, a_stride, b, pairs, c + r * c_stride, c_stride, add);
 }
 
-/* One row's scores (KEYS) to weights p, of which the first `seen` keys, and of them those that the mask has, take part.
-   Updates the row's largest score and sum, returns what its output so far is to be multiplied by. */
-static inline float online_softmax(const float *scores, long seen, const uint8_t *mask, float scale, float *top, float *sum, bf16 *p) {
+/* Turns one row's scores (KEYS) into weights p. Keys from `seen` on, and those that the mask hides, get zero. Updates the
+   row's largest score and its sum of weights, and returns the factor that its output so far is to be multiplied by. */
+static inline float online_softmax(const float *scores, long seen, const uint8_t *mask, float scale, float *top, float *sum,
+                                   bf16 *p) {
     __m512 most = _mm512_set1_ps(*top), x[KEYS / 16], total = _mm512_setzero_ps();
     for (int i = 0; i < KEYS / 16; i++) {
         x[i] = masked_scores(scores + 16 * i, seen - 16 * i, mask ? mask + 16 * i : NULL, scale, -INFINITY);
@@ -72,8 +74,9 @@ static inline float online_softmax(const float *scores, long seen, const uint8_t
     return factor;
 }
 
-typedef struct { long T, S, D, V, offset; float scale; } attention_shape;
+typedef struct { long T, S, D, V, offset; float scale; } attention_shape;  /* D is dn + dr, V is dv */
 
+/* Whether no row of the mask, of `live` keys each, shows a key. */
 static inline int hides_all(const uint8_t *mask, long stride, long rows, long live) {
     for (long r = 0; r < rows; r++)
         if (memchr(mask + r * stride, 1, (size_t)live)) return 0;
@@ -83,11 +86,12 @@ static inline int hides_all(const uint8_t *mask, long stride, long rows, long li
 /* The workspace of one thread, in floats: scores, outputs, largest scores, sums, weights p, and q. */
 static inline long attention_workspace(long D, long V) { return Q_ROWS * (KEYS + V + 2 + KEYS / 2 + D / 2); }
 
-/* Rows first..last of one head, whose q is at the end of the workspace; writes out with `out_stride` between rows. */
+/* Queries first..last of one head, which are q at the end of the workspace, with zeros up to Q_ROWS. Writes their rows of
+   out, `out_stride` elements from each other. */
 static void attend_rows(attention_shape n, long first, long last, const uint32_t *keys, const uint32_t *values,
                         const uint8_t *mask, float *workspace, bf16 *out, long out_stride) {
     float *scores = workspace, *sums = scores + Q_ROWS * KEYS, *top = sums + Q_ROWS * n.V, *total = top + Q_ROWS;
-    uint32_t *p = (uint32_t *)(total + Q_ROWS), *q = p + Q_ROWS * (KEYS / 2);
+    bf16_pair *p = (bf16_pair *)(total + Q_ROWS), *q = p + Q_ROWS * (KEYS / 2);
     long rows = (last - first + 31) / 32 * 32, end = n.offset < 0 ? n.S : n.offset + last;
     if (end > n.S) end = n.S;
     memset(sums, 0, Q_ROWS * n.V * sizeof(float));
@@ -104,8 +108,8 @@ static void attend_rows(attention_shape n, long first, long last, const uint32_t
             float factor = online_softmax(scores + r * KEYS, seen, mask ? mask + (first + r) * n.S + at : NULL, n.scale,
                                           top + r, total + r, (bf16 *)(p + r * (KEYS / 2)));
             if (factor != 1.0f)
-                for (long v = 0; v < n.V; v += 16)
-                    _mm512_storeu_ps(sums + r * n.V + v, _mm512_mul_ps(_mm512_loadu_ps(sums + r * n.V + v), _mm512_set1_ps(factor)));
+                for (float *to = sums + r * n.V; to < sums + (r + 1) * n.V; to += 16)
+                    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(factor)));
         }
         for (long v = 0; v < n.V; v += PANEL)
             multiply_panel(p, KEYS / 2, values + ((v / PANEL) * ((n.S + KEYS - 1) / KEYS * KEYS) + at) / 2 * PANEL,
@@ -135,9 +139,10 @@ static void pack_block(long at, long S, long dn, long dr, long dv, const bf16 *k
     }
 }
 
-/* Attention of the heads of one group. q_nope (B, h, T, dn), q_pe (B, h, T, dr), kv (B, h, S, dn + dv) and k_pe (B, 1, S, dr)
-   with strides (batch, head, token) in elements; mask (B or 1, T, S) bytes or null; a query t sees keys up to offset + t, or
-   all if offset is negative. out (B, h, T, dv) with strides. dn, dr even, dv a multiple of 64. */
+/* Attention of one layer, or of some of its heads. q_nope (B, h, T, dn), q_pe (B, h, T, dr), kv (B, h, S, dn + dv), k_pe
+   (B, 1, S, dr) and out (B, h, T, dv) with strides (batch, head, token) in elements; mask (B or 1, T, S) bytes or null,
+   mask_batch bytes from sequence to sequence. Query t sees keys up to offset + t, or all if offset is negative; one that
+   sees none gets zeros. dn and dr are even, dv is a multiple of 64. */
 int prefill_attention(long B, long heads, long T, long S, long dn, long dr, long dv, long offset, float scale,
                       const bf16 *q_nope, const long *nope_strides, const bf16 *q_pe, const long *pe_strides,
                       const bf16 *kv, const long *kv_strides, const bf16 *k_pe, const long *k_pe_strides,
@@ -150,12 +155,8 @@ int prefill_attention(long B, long heads, long T, long S, long dn, long dr, long
     if (!packed) return NO_MEMORY;
     #pragma omp parallel
     {
-        float *workspace = allocate(attention_workspace(D, dv) * 4);
+        float *workspace = allocate_in_thread(attention_workspace(D, dv) * 4, &failed);
         tile_config before = open_tiles();
-        if (!workspace) {
-            #pragma omp atomic write
-            failed = NO_MEMORY;
-        }
         #pragma omp for collapse(2) schedule(static)
         for (long head = 0; head < B * heads; head++)
             for (long k = 0; k < blocks; k++) {
@@ -171,13 +172,14 @@ int prefill_attention(long B, long heads, long T, long S, long dn, long dr, long
                 long b = head / heads, h = head % heads, first = (parts - 1 - part) * Q_ROWS;  /* the longest first */
                 long last = first + Q_ROWS < T ? first + Q_ROWS : T;
                 bf16 *q = (bf16 *)(workspace + attention_workspace(0, dv));
+                const bf16 *nope = q_nope + b * nope_strides[0] + h * nope_strides[1];
+                const bf16 *pe = q_pe + b * pe_strides[0] + h * pe_strides[1];
                 uint32_t *keys = packed + head * per_head;
-                for (long r = 0; r < Q_ROWS; r++) {
-                    bf16 *to = q + r * D;
-                    if (first + r >= last) { memset(to, 0, D * sizeof(bf16)); continue; }
-                    memcpy(to, q_nope + b * nope_strides[0] + h * nope_strides[1] + (first + r) * nope_strides[2], dn * sizeof(bf16));
-                    memcpy(to + dn, q_pe + b * pe_strides[0] + h * pe_strides[1] + (first + r) * pe_strides[2], dr * sizeof(bf16));
+                for (long t = first; t < last; t++) {
+                    memcpy(q + (t - first) * D, nope + t * nope_strides[2], dn * sizeof(bf16));
+                    memcpy(q + (t - first) * D + dn, pe + t * pe_strides[2], dr * sizeof(bf16));
                 }
+                memset(q + (last - first) * D, 0, (first + Q_ROWS - last) * D * sizeof(bf16));
                 attend_rows(n, first, last, keys, keys + rounded * D / 2, mask ? mask + b * mask_batch : NULL, workspace,
                             out + b * out_strides[0] + h * out_strides[1] + first * out_strides[2], out_strides[2]);
             }

@@ -509,6 +509,264 @@ def test_a_user_without_a_home_has_a_folder_for_the_process(monkeypatch):
     assert kimi_cpu.cache_folder().name.startswith("kimi_cpu_")
 
 
+# ------------------------------------------------------------------------------------------------- what C never sees
+
+
+def right_arguments(function):
+    """Arguments that a binding takes: one sequence or two, 2 heads, 3 new tokens, 5 in all, 4 experts of 64 x 32."""
+    experts = [tuple(stack(4, *shape, torch.Generator())) for shape in ((32, 64), (32, 64), (64, 32))]
+
+    def zeros(*shape, dtype=torch.bfloat16):
+        return torch.zeros(shape, dtype=dtype)
+
+    queries = {"q_nope": zeros(2, 2, 3, 16), "q_pe": zeros(2, 2, 3, 8)}
+    mask = zeros(2, 1, 3, 5, dtype=torch.bool)
+    table = {
+        "linear_bf16": {"x": zeros(2, 3, 64), "weight": zeros(7, 64)},
+        "rms_norm_bf16": {"x": zeros(2, 3, 64), "weight": zeros(64), "eps": 1e-5},
+        "rotary_bf16": {"x": zeros(2, 2, 3, 8), "cos": zeros(2, 3, 4), "sin": zeros(2, 3, 4)},
+        "unpack_int4_bf16": {
+            "packed": zeros(7, 8, dtype=torch.int32),
+            "scale": zeros(7, 2),
+            "out": zeros(7, 64),
+        },
+        "experts_int4_few_rows": {
+            "x": zeros(3, 64),
+            "ids": zeros(3, 2, dtype=torch.int64),
+            "weights": zeros(3, 2, dtype=torch.float32),
+            "matrices": experts,
+        },
+        "expert_int4_tiles": {
+            "x": zeros(3, 64),
+            "rows": torch.tensor([0, 2, 1, 2]),
+            "weights": zeros(4, dtype=torch.float32),
+            "matrices": experts,
+            "output": zeros(3, 64, dtype=torch.float32),
+        },
+        "absorb": {
+            **queries,
+            "up": zeros(2, 28, 24),
+            "latent": zeros(2, 1, 5, 24),
+            "k_pe": zeros(2, 1, 5, 8),
+            "mask": mask,
+            "scaling": 0.1,
+        },
+        "prefill_attention": {
+            **queries,
+            "kv": zeros(2, 2, 5, 80),
+            "k_pe": zeros(2, 1, 5, 8),
+            "mask": mask,
+            "offset": 2,
+            "scaling": 0.1,
+            "out": zeros(2, 2, 3, 64),
+        },
+    }
+    return table[function]
+
+
+def last_twice(tensor):
+    """Of the same shape, with stride 2 in the last dimension."""
+    return tensor.repeat_interleave(2, -1)[..., ::2]
+
+
+def half(tensor):
+    return tensor.half()
+
+
+def longer(dimension):
+    """One element more in a dimension."""
+
+    def change(tensor):
+        return torch.cat((tensor, tensor.narrow(dimension, 0, 1)), dimension).contiguous()
+
+    return change
+
+
+def deeper(tensor):
+    return tensor.unsqueeze(0)
+
+
+def somewhere_else(tensor):
+    return tensor.to("meta")
+
+
+CHANGES = {
+    "linear_bf16": {
+        "x": (half, longer(-1), somewhere_else),
+        "weight": (half, longer(1), last_twice, deeper, somewhere_else),
+    },
+    "rms_norm_bf16": {"x": (half, longer(-1), last_twice), "weight": (half, longer(0), last_twice, deeper)},
+    "rotary_bf16": {
+        "x": (half, longer(-1), longer(2), last_twice, deeper, somewhere_else),
+        "cos": (longer(0), longer(1), longer(2), deeper, somewhere_else),
+        "sin": (longer(0), longer(1), longer(2), deeper, somewhere_else),
+    },
+    "unpack_int4_bf16": {
+        "packed": (torch.Tensor.long, longer(0), longer(1), last_twice, deeper, somewhere_else),
+        "scale": (half, longer(0), longer(1), last_twice, deeper, somewhere_else),
+        "out": (half, longer(0), longer(1), last_twice, deeper, somewhere_else),
+    },
+    "experts_int4_few_rows": {
+        "x": (half, longer(0), longer(1), last_twice, deeper, somewhere_else),
+        "ids": (torch.Tensor.int, longer(0), longer(1), last_twice, deeper, somewhere_else),
+        "weights": (half, longer(0), longer(1), last_twice, deeper, somewhere_else),
+    },
+    "expert_int4_tiles": {
+        "x": (half, longer(0), longer(1), last_twice, deeper, somewhere_else),
+        "rows": (torch.Tensor.int, longer(0), last_twice, deeper, somewhere_else),
+        "weights": (half, longer(0), last_twice, somewhere_else),
+        "output": (half, longer(0), longer(1), last_twice, deeper, somewhere_else),
+    },
+    "absorb": {
+        "q_nope": (half, longer(0), longer(1), longer(2), deeper, somewhere_else),
+        "q_pe": (half, longer(0), longer(1), longer(2), longer(3), deeper, somewhere_else),
+        "up": (half, longer(0), longer(2), last_twice, deeper, lambda up: up[:, :15].contiguous()),
+        "latent": (half, longer(0), longer(1), longer(2), longer(3), last_twice, deeper, somewhere_else),
+        "k_pe": (half, longer(0), longer(1), longer(2), longer(3), last_twice, deeper, somewhere_else),
+        "mask": (half, longer(0), longer(1), longer(2), longer(3), deeper, somewhere_else),
+    },
+    "prefill_attention": {
+        "q_nope": (half, longer(0), longer(1), longer(2), longer(3), last_twice, deeper, somewhere_else),
+        "q_pe": (half, longer(0), longer(1), longer(2), longer(3), last_twice, deeper, somewhere_else),
+        "kv": (half, longer(0), longer(1), longer(2), longer(3), last_twice, deeper, somewhere_else),
+        "k_pe": (half, longer(0), longer(1), longer(2), longer(3), last_twice, deeper, somewhere_else),
+        "mask": (half, longer(0), longer(1), longer(2), longer(3), deeper, somewhere_else),
+        "out": (half, longer(0), longer(1), longer(2), longer(3), last_twice, deeper, somewhere_else),
+    },
+}
+
+
+@pytest.fixture
+def c_calls(monkeypatch):
+    """The names of the C functions that are called; none of them runs."""
+
+    class Library:
+        def __getattr__(self, name):
+            return lambda *arguments: calls.append(name)
+
+    calls = []
+    monkeypatch.setattr(kimi_cpu, "library", Library)
+    return calls
+
+
+def described(name, tensor):
+    return f"{name} {str(tensor.dtype)[6:]} {tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}"
+
+
+@pytest.mark.parametrize(
+    "function, name", [(function, name) for function, changes in CHANGES.items() for name in changes]
+)
+def test_wrong_tensors_are_refused(function, name, c_calls):
+    """Each binding names itself and shows the tensor that C would have read as something else."""
+    right = right_arguments(function)
+    result = getattr(kimi_cpu, function)(**right)
+    if function == "expert_int4_tiles":
+        assert c_calls == []
+        result(3, 1, 3)
+    assert len(c_calls) == 1
+    for change in CHANGES[function][name]:
+        wrong = change(right[name])
+        with pytest.raises(ValueError) as caught:
+            getattr(kimi_cpu, function)(**{**right, name: wrong})
+        message = str(caught.value)
+        assert message.startswith(f"{function} takes ") and len(c_calls) == 1, (change, message)
+        # Of a packed matrix whose counterpart is wrong, the counterpart may be what is shown.
+        shown = described(name, wrong)
+        if function == "unpack_int4_bf16":
+            shown = shown.replace("packed ", "packed words ").replace("scale ", "packed scale ")
+        about_matrices = " weights, inputs a multiple of 32; got " in message
+        assert shown in message or (about_matrices and name in ("x", "out")), (change, message)
+
+
+@pytest.mark.parametrize("function", ["experts_int4_few_rows", "expert_int4_tiles"])
+@pytest.mark.parametrize("place, matrix", enumerate(("gate", "up", "down")))
+@pytest.mark.parametrize("part", ["words", "scale"])
+def test_wrong_stacks_are_refused(function, place, matrix, part, c_calls):
+    right = right_arguments(function)
+    index = ("words", "scale").index(part)
+    kind = torch.Tensor.long if part == "words" else half
+    for change in (kind, longer(0), longer(1), longer(2), last_twice, deeper, somewhere_else):
+        pairs = [list(pair) for pair in right["matrices"]]
+        pairs[place][index] = change(pairs[place][index])
+        with pytest.raises(ValueError, match=rf"^{function} takes .*(gate|up|down) {part} "):
+            getattr(kimi_cpu, function)(**{**right, "matrices": pairs})
+    narrow = [tuple(stack(4, *shape, torch.Generator())) for shape in ((32, 48), (32, 48), (48, 32))]
+    with pytest.raises(ValueError, match=rf"^{function} takes .*a multiple of 32; got gate words"):
+        getattr(kimi_cpu, function)(**{**right, "x": right["x"][:, :48].contiguous(), "matrices": narrow})
+    assert not c_calls
+
+
+@pytest.mark.parametrize(
+    "function, changes, reason",
+    [
+        ("linear_bf16", {"dtype": torch.float64}, "gives bfloat16 or float32, not torch.float64"),
+        ("rotary_bf16", {"x": torch.zeros(2, 2, 3, 9).bfloat16()}, "takes .*dr even"),
+        ("absorb", {"latent": torch.zeros(2, 1, 0, 24).bfloat16()}, "takes .*S > 0"),
+        (
+            "absorb",
+            {"latent": torch.zeros(2, 1, 5, 4097).bfloat16(), "up": torch.zeros(2, 28, 4097).bfloat16()},
+            "takes .*c <= 4096",
+        ),
+        (
+            "prefill_attention",
+            {"q_nope": torch.zeros(2, 2, 3, 15).bfloat16(), "kv": torch.zeros(2, 2, 5, 79).bfloat16()},
+            "takes .*dn and dr even",
+        ),
+        (
+            "prefill_attention",
+            {"q_pe": torch.zeros(2, 2, 3, 7).bfloat16(), "k_pe": torch.zeros(2, 1, 5, 7).bfloat16()},
+            "takes .*dn and dr even",
+        ),
+        (
+            "prefill_attention",
+            {"kv": torch.zeros(2, 2, 5, 112).bfloat16(), "out": torch.zeros(2, 2, 3, 96).bfloat16()},
+            "takes .*dv a multiple of 64",
+        ),
+        ("prefill_attention", {"offset": -1}, "takes an offset of at least 0 or None; got -1"),
+        (
+            "expert_int4_tiles",
+            {"rows": torch.tensor([0, 2, 1, 3])},
+            "takes rows from 0 to 2; got rows from 0 to 3",
+        ),
+        (
+            "expert_int4_tiles",
+            {"rows": torch.tensor([0, 2, -1, 2])},
+            "takes rows from 0 to 2; got rows from -1 to 2",
+        ),
+    ],
+)
+def test_wrong_sizes_are_refused(function, changes, reason, c_calls):
+    with pytest.raises(ValueError, match=f"^{function} {reason}"):
+        getattr(kimi_cpu, function)(**{**right_arguments(function), **changes})
+    assert not c_calls
+
+
+@pytest.mark.parametrize("pairs", [(4, 0, 1), (-1, 0, 1), (0, -1, 1), (0, 2, 3), (0, 2, -1)])
+def test_wrong_pairs_are_refused(pairs, c_calls):
+    run_one = kimi_cpu.expert_int4_tiles(**right_arguments("expert_int4_tiles"))
+    with pytest.raises(ValueError, match=r"^expert_int4_tiles has 4 experts and 4 pairs; got expert"):
+        run_one(*pairs)
+    assert not c_calls
+
+
+@compiled
+@pytest.mark.parametrize("wrong", [-1, 4, 2**62])
+def test_wrong_expert_ids_are_refused(wrong):
+    right = right_arguments("experts_int4_few_rows")
+    right["ids"][1, 1] = wrong
+    low, high = min(wrong, 0), max(wrong, 0)
+    with pytest.raises(
+        ValueError, match=f"^experts_int4_few_rows takes ids from 0 to 3; got ids from {low} to {high}"
+    ):
+        kimi_cpu.experts_int4_few_rows(**right)
+
+
+@compiled
+def test_a_product_over_no_inputs_is_zero():
+    x, weight = torch.zeros(3, 0).bfloat16(), torch.zeros(5, 0).bfloat16()
+    assert kimi_cpu.linear_bf16(x, weight).equal(F.linear(x, weight))
+
+
 @compiled
 def test_the_plain_loops_agree_too(tmp_path):
     """What machines without AVX-512 bf16 run: the same source without that instruction set."""
