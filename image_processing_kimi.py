@@ -40,9 +40,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .kimi_media import drain, image_size, naming, open_image, to_rgb
 from .kimi_video import TIMESTAMP_MODES, ChunkFrames, format_timestamp, open_video, sample_frames
 
-BAND_ROWS = (
-    4  # rows of patches worked on at a time; at 4K 0.4 MB of uint8 and 1.6 MB of float32, which fit the cache
-)
+# Rows of patches worked on at a time; at 4K 0.4 MB of uint8 and 1.6 MB of float32, which fit the cache.
+BAND_ROWS = 4
 MAX_THREADS = 4  # beyond that decoding, which is done by one, is what takes the time
 MEDIA_TYPES = ("image", "video_chunk")
 
@@ -163,9 +162,8 @@ def write_patches(image: Image.Image, out: np.ndarray, mean: np.ndarray, inverse
     for row in range(0, rows, BAND_ROWS):
         target = out[row : row + BAND_ROWS]
         box = (0, row * patch, cols * patch, (row + len(target)) * patch)
-        band = np.asarray(
-            image.crop(box)
-        )  # (rows * patch, cols * patch, 3); beyond the image Pillow gives zeros
+        # (rows * patch, cols * patch, 3); beyond the image Pillow gives zeros.
+        band = np.asarray(image.crop(box))
         band = band.reshape(len(target), patch, cols, patch, 3).transpose(0, 2, 4, 1, 3)
         band = np.ascontiguousarray(band)  # (rows, cols, 3, patch, patch) uint8
         np.divide(band, np.float32(255), out=target, dtype=np.float32)

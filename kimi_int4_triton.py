@@ -57,9 +57,8 @@ try:  # inside `try`, the remote-code loader does not take triton for a hard req
 except ImportError:
     raise
 
-Packed = tuple[
-    torch.Tensor, torch.Tensor
-]  # words (E, N, M/8) and scales (E, N, M/32): an ExpertMatrices is one
+# Words (E, N, M/8) and scales (E, N, M/32): an ExpertMatrices is one.
+Packed = tuple[torch.Tensor, torch.Tensor]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DECODE_UP_TO = 16  # rows
@@ -205,9 +204,8 @@ def nibble_fp32(words, NIBBLE: tl.constexpr, magic):
     PLACE: tl.constexpr = NIBBLE if NIBBLE < 5 else NIBBLE - 5
     if NIBBLE >= 5:
         words = words.to(tl.uint32, bitcast=True) >> 20
-    bits = (words & (15 << (4 * PLACE))).to(
-        tl.int32, bitcast=True
-    ) | magic  # the float 2^23 + 16^PLACE * code
+    # The float 2^23 + 16^PLACE * code.
+    bits = (words & (15 << (4 * PLACE))).to(tl.int32, bitcast=True) | magic
     return bits.to(tl.float32, bitcast=True) * (1.0 / 16**PLACE) - (8388608.0 / 16**PLACE + 8.0)
 
 
@@ -338,9 +336,8 @@ def down_decode_kernel(
     steps = tl.cdiv(GROUPS, BLOCK_G)
     expert = tl.load(topk_ids + row * K).to(tl.int64)
     words = load_group_words(down + expert * H * (GROUPS * 4), n, g0, w, H, GROUPS)
-    for step in range(
-        K * steps
-    ):  # one loop over choices and groups, so that words of the next expert are fetched ahead
+    # One loop over choices and groups, so that words of the next expert are fetched ahead.
+    for step in range(K * steps):
         pair = row * K + step // steps
         g = (step % steps) * BLOCK_G + g0
         expert = tl.load(topk_ids + pair).to(tl.int64)

@@ -223,9 +223,8 @@ class CompletionParser:
         self._header: list[str] = []
         self._arguments: list[str] = []
         self._id = self._name = ""  # without a name the id has another shape
-        self._blanks: list[str] | None = (
-            None  # trailing whitespace so far; None before the first other character
-        )
+        # Trailing whitespace so far; None before the first other character.
+        self._blanks: list[str] | None = None
 
     def _begin_arguments(self) -> None:
         self._state = ARGUMENTS

@@ -205,10 +205,8 @@ def encode_function(function: Any) -> str:
         return FunctionWriter(name).write(deep_sort_dict(function))
     except RecursionError:
         raise UnsupportedSchema(f"tool {name!r}: the schema is nested too deeply") from None
-    except (
-        UnsupportedSchema,
-        TypeError,
-    ) as error:  # TypeError: keys that do not sort, a default that is no JSON
+    # TypeError: keys that do not sort, a default that is no JSON.
+    except (UnsupportedSchema, TypeError) as error:
         raise UnsupportedSchema(f"tool {name!r}, {error}") from error
 
 

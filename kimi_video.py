@@ -300,9 +300,8 @@ def check_container(data: bytes | Path, name: str) -> None:
             raise ValueError(f"{name} is {'text' if head else 'empty'}, not a video")
         num_bytes = file.seek(0, io.SEEK_END)
         start = 0
-        while (
-            start + 8 <= num_bytes
-        ):  # boxes: 4 bytes size, 4 bytes type, content; size 1 is followed by 8 bytes of size
+        # Boxes: 4 bytes size, 4 bytes type, content; size 1 is followed by 8 bytes of size.
+        while start + 8 <= num_bytes:
             file.seek(start)
             size, kind = int.from_bytes(file.read(4), "big"), file.read(4)
             size = int.from_bytes(file.read(8), "big") if size == 1 else size

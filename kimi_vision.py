@@ -353,9 +353,8 @@ def segment_attention(block: "MoonViTBlock", q: Tensor, k: Tensor, v: Tensor, se
     sizes = [length * count for length, count in runs]
     outputs = []
     for (_, count), *qkv in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        q_run, k_run, v_run = (
-            x.unflatten(0, (count, -1)).transpose(1, 2) for x in qkv
-        )  # (count, H, length, hd)
+        # (count, H, length, hd)
+        q_run, k_run, v_run = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in qkv)
         # Every block of queries reads all keys and values. Head by head in memory, a large image takes 12 % less time.
         k_run, v_run = k_run.contiguous(), v_run.contiguous()
         out = F.scaled_dot_product_attention(q_run, k_run, v_run, scale=q.shape[-1] ** -0.5)

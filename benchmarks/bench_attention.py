@@ -68,9 +68,8 @@ def cpu_backend() -> Callable:
         heads = q_latent.shape[1]
         if heads not in up:
             up[heads] = torch.randn(heads, NOPE + VALUE, LATENT).bfloat16() * LATENT**-0.5
-        return absorb(
-            q_latent[..., :NOPE].contiguous(), q_pe, up[heads], latent, k_pe, None, SCALING
-        )  # another result: the two products more, in the same call
+        # Another result: the two products more, in the same call.
+        return absorb(q_latent[..., :NOPE].contiguous(), q_pe, up[heads], latent, k_pe, None, SCALING)
 
     return run
 

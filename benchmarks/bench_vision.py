@@ -80,12 +80,8 @@ def native_weights(weights: dict[str, Tensor], num_heads: int) -> dict[str, Tens
         "wo.": "attn.proj.",
         "pos_emb.weight": "pos_emb.position_embeddings",
     }
-    renames |= {
-        "norm1.": "norm2.",
-        "norm0.": "norm1.",
-        "fc1.": "fc2.",
-        "fc0.": "fc1.",
-    }  # the later before the earlier
+    # The later before the earlier: fc0 becomes fc1 only once fc1 has become fc2.
+    renames |= {"norm1.": "norm2.", "norm0.": "norm1.", "fc1.": "fc2.", "fc0.": "fc1."}
     native = {}
     for name, weight in weights.items():
         for old, new in renames.items():

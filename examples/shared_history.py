@@ -125,9 +125,8 @@ class Conversation:
         differ = (self.cached_ids[:length] != ids[:length]).nonzero()
         keep = int(differ[0]) if len(differ) else length
         if keep < len(self.cached_ids):
-            self.cache.crop(
-                keep - len(self.cached_ids)
-            )  # a negative number removes that many, on 4.57 and 5.x
+            # A negative number removes that many, on 4.57 and 5.x.
+            self.cache.crop(keep - len(self.cached_ids))
             self.cached_ids = self.cached_ids[:keep]
 
 

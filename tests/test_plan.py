@@ -157,9 +157,8 @@ def test_a_forward_pass_stays_within_the_workspace(batch, context, chunk, monkey
     def read(tokens: int) -> None:
         model(torch.randint(0, 60, (batch, tokens)), past_key_values=cache, logits_to_keep=1)
 
-    with (
-        torch.inference_mode()
-    ):  # the first read leaves room for an eighth more, so the last one moves no cache
+    # The first read leaves room for an eighth more, so the last one moves no cache.
+    with torch.inference_mode():
         read(past - past % 256)
         read(past % 256) if past % 256 else None
     peak, planned = peak_bytes(lambda: read(chunk)), text_workspace_bytes(config, context, batch, chunk, 2)

@@ -26,9 +26,8 @@ from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 TOP_K, EXPERTS, LAYERS = 4, 16, 2  # of the tiny checkpoint: layers 1 and 2 have experts
 GENERATOR = torch.Generator().manual_seed(0)
-FEW = torch.randint(
-    0, 500, (2, 5), generator=GENERATOR
-)  # 10 rows: the kernel that takes the words as they are
+# 10 rows: the kernel that takes the words as they are.
+FEW = torch.randint(0, 500, (2, 5), generator=GENERATOR)
 SOME = torch.randint(0, 500, (1, 40), generator=GENERATOR)  # experts with few rows and with many
 MANY = torch.randint(0, 500, (3, 200), generator=GENERATOR)
 
@@ -622,9 +621,8 @@ def test_two_tiers_give_the_logits_of_resident_experts(folder, resident, one, mo
     near = cache_of(model)
     layout = {name: (tuple(stack.shape[1:]), stack.dtype) for name, stack in near.stacks.items()}
     near.source = SlotCache(model.expert_pool.files, 20, layout, Worth(64.0, LAYERS))
-    two_rows = FEW[
-        :1, :2
-    ]  # 8 to 16 experts of the two layers: more than are near, and no more than the second tier has
+    # 8 to 16 experts of the two layers: more than are near, and no more than the second tier has.
+    two_rows = FEW[:1, :2]
     assert logits(model, two_rows).equal(logits(resident, two_rows))
     missed, read = near.misses, near.source.misses
     for ids in (two_rows, FEW, SOME, MANY, FEW):

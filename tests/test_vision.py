@@ -326,9 +326,8 @@ def test_items_never_see_each_other_and_frames_of_an_item_do(attention):
     outputs = model(pixel_values, grid_thws)
     for i, output in enumerate(outputs):
         (grad,) = torch.autograd.grad(output[0].square().sum(), pixel_values, retain_graph=True)
-        reached = [
-            part.flatten(1).any(dim=1) for part in grad.split(lengths)
-        ]  # per item: patches that matter
+        # Per item: patches that matter.
+        reached = [part.flatten(1).any(dim=1) for part in grad.split(lengths)]
         assert reached[i].all(), "every patch of every frame matters to the first token of its item"
         assert not any(part.any() for j, part in enumerate(reached) if j != i), (
             "no patch of another item does"

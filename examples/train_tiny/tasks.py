@@ -23,11 +23,12 @@ from .shapes import COLOURS, DIRECTIONS, PLACES, SHAPES, Shape, draw_clip, draw_
 
 SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
 HELD_OUT = 12  # one key in so many is never trained on
+# The model card's own.
 NEVER_TRAINED = {
     "decimals 9.11 9.9",
     "decimals 9.9 9.11",
     "memory 473 921 235 215 222",
-}  # the model card's own
+}
 
 
 @dataclass
@@ -225,12 +226,10 @@ def clips(rng: random.Random) -> Sample:
     direction = rng.choice(list(DIRECTIONS))
     chunk = rng.randrange(num_chunks)
     starts = CHUNK * chunk + rng.uniform(-0.4, 0.3)
-    shortest = (
-        min(CHUNK, num_frames - CHUNK * chunk) - 1.4
-    )  # frames: it crosses the picture within the chunk, or ...
-    longest = max(
-        min(num_frames - 1 - starts, 6.6), shortest
-    )  # ... within the next, so that each chunk sees it move
+    # In frames: the shape crosses the picture within the chunk,
+    shortest = min(CHUNK, num_frames - CHUNK * chunk) - 1.4
+    # or by the end of the next, so that each chunk sees it move.
+    longest = max(min(num_frames - 1 - starts, 6.6), shortest)
     lasts = rng.uniform(shortest, shortest + 0.7) if rng.random() < 0.6 else rng.uniform(shortest, longest)
     frames = draw_clip(shape, direction, starts, lasts, num_frames, rng)
     when = timestamp(CHUNK * chunk / fps)
