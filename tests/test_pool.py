@@ -144,7 +144,7 @@ def test_a_copy_of_the_model_shares_the_slots(folder, resident, one):
     assert cache_of(other) is cache_of(model) and logits(other).equal(logits(resident))
 
 
-# ------------------------------------------------------------------------------------------------- device maps, doors
+# -------------------------------------------------------------------------------------------- device maps, entry points
 
 
 def test_no_parameter_exists_for_a_pooled_expert(folder, resident, one):
@@ -333,7 +333,7 @@ def file_of_expert(model, key=(1, 3)):
     return next(iter(model.expert_pool.files.parts[key].values()))[0].source.file
 
 
-def test_a_disk_error_names_file_and_expert_and_the_model_lives_on(folder, resident, one, monkeypatch):
+def test_a_disk_error_names_file_and_expert_and_the_model_stays_usable(folder, resident, one, monkeypatch):
     model = Kimi.from_pretrained(folder, expert_cache=6 * one)
     logits(model)
     real, calls = kimi_files.read_exactly, []
@@ -532,7 +532,7 @@ def test_a_short_half_life_is_recency_and_a_long_one_frequency():
         assert held(cache) == kept, half_life
 
 
-def test_old_favourites_are_forgotten():
+def test_experts_used_long_ago_lose_their_worth():
     cache = counted_cache(2, half_life=2.0)
     for expert in (1,) * 10 + (2, 3) * 10:
         use(cache, expert)

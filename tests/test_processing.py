@@ -624,7 +624,7 @@ def test_the_two_pure_functions():
         truncate([9, 9, 3], 2, "left", 9)
 
 
-# ------------------------------------------------------------------------------------------------ through the doors
+# --------------------------------------------------------------------------------------------- through the entry points
 
 
 THROUGH_THE_DOORS = """
@@ -654,7 +654,7 @@ print(json.dumps({"role": answer["role"], "tokens": inputs["input_ids"].shape[1]
 
 
 def test_auto_classes_saving_and_the_pipeline(tmp_path):
-    """In a fresh process with an empty cache, as a user meets the repository."""
+    """In a fresh process with an empty cache, as a user loads the repository."""
     folder, cache = write_tiny_checkpoint(tmp_path / "tiny"), tmp_path / "cache"
     cache.mkdir()
     shutil.copy(ROOT / "preprocessor_config.json", folder)

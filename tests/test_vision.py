@@ -283,7 +283,7 @@ def test_real_size_has_the_names_shapes_and_counts_of_the_checkpoint():
     assert counts == [416_866_032, 54_277_888]
 
 
-def test_a_model_born_on_meta_needs_nothing_but_its_weights():
+def test_a_model_built_on_meta_needs_nothing_but_its_weights():
     with torch.device("meta"):
         model = Vision(make_config())
     assert list(model.buffers()) == []
