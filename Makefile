@@ -50,7 +50,7 @@ lint: .venv/ready-dev
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
 	touch $@
 
-# requirements-dev.txt takes these in.
+# requirements-dev.txt includes requirements-serve.txt.
 .venv/ready-dev .venv-next/ready-dev .venv-kernels/ready: requirements-serve.txt
 
 .venv-next/ready-dev: requirements-next.txt requirements-dev.txt

@@ -11,16 +11,16 @@ Field names are the published ones; each is read once and has one spelling in Py
 * Rope. transformers 4.57 writes `rope_theta` beside `rope_scaling` (key `type`); 5.x writes one `rope_parameters`
   (keys `rope_theta` and `rope_type`). Both are read into `rope_parameters`; the 4.57 style is written, because the
   other engines read that.
-* `quantization_config`. The experts' int4 is our own business (`kimi_int4.py`). transformers, seeing an attribute of
+* `quantization_config`. The experts' int4 is read by our own code (`kimi_int4.py`). transformers, seeing an attribute of
   this name, would start its compressed-tensors quantizer, which expands every expert to bf16: 2 TB. The dict
-  therefore lives on `text_config.expert_quantization` and is written back to the place it was read from.
-* `dtype`. Without `dtype=` transformers 4.57 loads float32; `modeling_kimi.py` asks for "auto" instead, that is
-  for the bfloat16 written in the file.
+  is therefore kept in `text_config.expert_quantization` and is written back to the place it was read from.
+* `dtype`. Without `dtype=` transformers 4.57 loads float32; `modeling_kimi.py` asks for "auto" instead, which
+  is the dtype in the file, bfloat16.
 
 Two settings choose how the model computes, not what: `mla_path` and `int4_backend`. They are given as keywords (also of
 `from_pretrained`) or environment variables (`KIMI_MLA_PATH`, `KIMI_INT4_BACKEND`) and never written to `config.json`.
 
-A config that contradicts itself is refused here with a sentence that names the fields and their values.
+A config that contradicts itself is rejected here with an error that names the fields and their values.
 """
 
 import copy
@@ -31,7 +31,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 # The one published way of packing: compressed-tensors "pack-quantized", symmetric int4 in groups of 32 inputs.
-# `ignore` is ours: the lists seen in the wild miss `language_model.lm_head`, the router `mlp.gate`, or the vision
+# `ignore` is our own list: published ones lack `language_model.lm_head`, the router `mlp.gate`, or the vision
 # tower under the names of the native port, whose weights a loader then believes to be packed.
 PUBLISHED_QUANTIZATION: dict[str, Any] = {
     "quant_method": "compressed-tensors",
@@ -99,7 +99,7 @@ class _ExplicitConfig(PretrainedConfig):
     """Writes every field of its own signature, also those that equal a default.
 
     transformers leaves out what equals its defaults, but other engines have other defaults (for one,
-    `tie_word_embeddings` is true in native 5.x), so nothing may stay unsaid.
+    `tie_word_embeddings` is true in native 5.x), so every field is written.
     """
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class KimiK25TextConfig(_ExplicitConfig):
         num_hidden_layers: layer l is dense if `l < first_k_dense_replace` or `l % moe_layer_freq != 0`, else MoE.
         intermediate_size, moe_intermediate_size: inner width of the dense MLP, and of one routed expert. The shared
             expert is one MLP of `n_shared_experts * moe_intermediate_size`.
-        n_routed_experts, num_experts_per_tok: experts of a layer, and how many of them a token takes.
+        n_routed_experts, num_experts_per_tok: experts of a layer, and how many of them each token is routed to.
         n_group, topk_group: experts are split into `n_group` groups of which the `topk_group` best stay eligible.
         routed_scaling_factor: factor on the routing weights, after `norm_topk_prob` has made them sum to one.
         q_lora_rank, kv_lora_rank: ranks of the query and of the key-value latent; the latter is what is cached.
@@ -192,7 +192,7 @@ class KimiK25TextConfig(_ExplicitConfig):
         **kwargs: Any,
     ):
         # The published text_config carries generation defaults of an old release (max_length 20, top_k 50, ...).
-        # They mean nothing, and 4.57 would hand them to generate(); 5.x drops them by itself.
+        # They have no effect here, and 4.57 would hand them to generate(); 5.x drops them by itself.
         for name in getattr(PretrainedConfig, "_get_global_generation_defaults", dict)():
             kwargs.pop(name, None)
         for name in self.choices:
@@ -335,7 +335,7 @@ class KimiK25VisionConfig(_ExplicitConfig):
     Args:
         patch_size: side of a square patch in pixels.
         init_pos_emb_height, init_pos_emb_width: learned position grid, in patches.
-        init_pos_emb_time: most frames in one item.
+        init_pos_emb_time: maximum number of frames of an item.
         merge_kernel_size: rows and columns of patches that make one token.
         mm_hidden_size: width entering the projector (the tower's, not the text's).
         text_hidden_size: width leaving it.
@@ -454,13 +454,13 @@ class KimiK25Config(_ExplicitConfig):
         quantization_config: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
-        # A text_config that is silent about quantization means dense experts; the published model's are int4.
+        # A text_config without a quantization block means dense experts; the published model's are int4.
         text = (
             _as_dict(text_config)
             if text_config is not None
             else {"quantization_config": PUBLISHED_QUANTIZATION}
         )
-        # Where the dict was found is where it is written back; vLLM and SGLang put a copy on top, which says the same.
+        # The dict is written back where it was read; vLLM and SGLang put an equal copy at the top level.
         self._quantization_on_top = (
             quantization_config is not None and text.get("quantization_config") is None
         )

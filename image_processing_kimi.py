@@ -18,9 +18,10 @@ than 4096. A 4K photo (3840 x 2160) becomes 2392 x 1345, padded 2408 x 1372: 98 
 A video is sampled and cut into chunks (kimi_video.py); each chunk is an item of its own, and its text says when it
 begins. All frames of a chunk take the size of its first.
 
-Every number comes from `media_proc_cfg` of preprocessor_config.json, each time anew, so that an entry may be changed
-on a loaded processor. Sizes of all items are known before any is decoded; then one array is made and filled in place,
-frame by frame, so that beside it only a frame for each thread is held. Serving engines call this class directly.
+Every number comes from `media_proc_cfg` of preprocessor_config.json, each time anew, so that an entry may be changed on
+a loaded processor. Sizes of all items are known before any is decoded; then one array is made and filled in place,
+frame by frame, so that besides this array only one frame per thread is in memory. Serving engines call this class
+directly.
 """
 
 import math
@@ -40,10 +41,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .kimi_media import drain, image_size, naming, open_image, to_rgb
 from .kimi_video import TIMESTAMP_MODES, ChunkFrames, format_timestamp, open_video, sample_frames
 
-BAND_ROWS = (
-    4  # rows of patches worked on at a time; at 4K 0.4 MB of uint8 and 1.6 MB of float32, which fit the cache
-)
-MAX_THREADS = 4  # beyond that decoding, which is done by one, is what takes the time
+# Rows of patches worked on at a time; at 4K 0.4 MB of uint8 and 1.6 MB of float32, which fit the cache.
+BAND_ROWS = 4
+MAX_THREADS = 4  # beyond that, decoding, which one thread does, is the bottleneck
 MEDIA_TYPES = ("image", "video_chunk")
 
 
@@ -67,7 +67,7 @@ class MediaSettings:
 
     @classmethod
     def read(cls, cfg: Mapping[str, Any]) -> "MediaSettings":
-        """Takes what it knows from `cfg`; raises ValueError for what is missing or makes no sense."""
+        """Reads its fields from `cfg`; raises ValueError for missing or invalid values."""
         known = {key: cfg[key] for key in cls.__dataclass_fields__ if key in cfg}
         required = ("patch_size", "merge_kernel_size", "in_patch_limit", "patch_limit_on_one_side")
         for key in (*required, "image_mean", "image_std"):
@@ -109,7 +109,7 @@ class MediaSettings:
 
 
 class Size(NamedTuple):
-    """What becomes of a picture; all in pixels except `grid`, which counts patches, and `num_tokens`."""
+    """How an image is resized and padded; all in pixels except `grid`, which counts patches, and `num_tokens`."""
 
     new_width: int
     new_height: int
@@ -120,7 +120,7 @@ class Size(NamedTuple):
 
 
 class Item(NamedTuple):
-    """An image or a chunk on its way: frames that are still to be decoded, once, and the size all of them will have."""
+    """An image or a chunk being processed: its frames, each to be decoded once, and the size that all of them get."""
 
     name: str
     frames: Iterator[Any]
@@ -156,16 +156,15 @@ def write_patches(image: Image.Image, out: np.ndarray, mean: np.ndarray, inverse
     out: (rows, cols, 3, patch, patch) float32, filled; its size says how far to pad. mean, inverse_std: (3, 1, 1)
     float32.
 
-    Bytes are moved before they become floats, four times as large, and a band at a time stays in the cache. The
-    arithmetic is that of the published processor, so all 256 values are bit for bit its own.
+    The uint8 values are rearranged before they become float32, four times as large, and one band at a time fits the
+    cache. The arithmetic is that of the published processor, so all 256 values are equal to its values bit for bit.
     """
     rows, cols, _, patch, _ = out.shape
     for row in range(0, rows, BAND_ROWS):
         target = out[row : row + BAND_ROWS]
         box = (0, row * patch, cols * patch, (row + len(target)) * patch)
-        band = np.asarray(
-            image.crop(box)
-        )  # (rows * patch, cols * patch, 3); beyond the image Pillow gives zeros
+        # (rows * patch, cols * patch, 3); beyond the image Pillow gives zeros.
+        band = np.asarray(image.crop(box))
         band = band.reshape(len(target), patch, cols, patch, 3).transpose(0, 2, 4, 1, 3)
         band = np.ascontiguousarray(band)  # (rows, cols, 3, patch, patch) uint8
         np.divide(band, np.float32(255), out=target, dtype=np.float32)
@@ -203,12 +202,12 @@ class KimiK25VisionProcessor(BaseImageProcessor):
         allowed_hosts: Collection[str] = (),
         **kwargs: Any,
     ) -> BatchFeature:
-        """Patches and grids of all items, or an error and nothing.
+        """Patches and grids of all items. One bad item fails the call.
 
         Args:
             medias: a list of items, or one. An item is {"type": "image", "image": ...},
-                {"type": "video_chunk", "video_chunk": [1 to 4 frames]}, or just an image. What an image may be is told
-                in kimi_media.py. "name" is how errors call the item, by default medias[i]; other keys are ignored.
+                {"type": "video_chunk", "video_chunk": [1 to 4 frames]}, or just an image. kimi_media.py lists
+                what an image may be. "name" is the item's name in errors, by default medias[i]; other keys are ignored.
             return_tensors: None or "pt" for torch tensors, "np" for numpy arrays.
             allowed_hosts: hosts of loopback or private addresses from which items may be fetched.
 
@@ -216,7 +215,7 @@ class KimiK25VisionProcessor(BaseImageProcessor):
             pixel_values (P, 3, 14, 14) float32, and grid_thws (N, 3) int64; nothing at all for no items.
 
         Raises:
-            ValueError: an item that is not an image, is broken or empty; keywords that mean nothing here.
+            ValueError: an item that is not an image, is broken or empty; unknown keywords.
             OSError: a file or an address that cannot be read.
         """
         if return_tensors not in (None, "pt", "np"):
@@ -239,7 +238,7 @@ class KimiK25VisionProcessor(BaseImageProcessor):
         return BatchFeature(data)
 
     def _open(self, media: Any, index: int, settings: MediaSettings, allowed_hosts: Collection[str]) -> Item:
-        """Reads an item as far as its size."""
+        """Opens an item and reads its size."""
         media = media if isinstance(media, Mapping) and "type" in media else {"type": "image", "image": media}
         name = media.get("name") or f"medias[{index}]"
         with naming(name):
@@ -271,7 +270,7 @@ class KimiK25VisionProcessor(BaseImageProcessor):
     def resize_image(
         image: Image.Image, new_width: int, new_height: int, pad_width: int = 0, pad_height: int = 0
     ) -> np.ndarray:
-        """The picture as the model gets to see it: (new_height + pad_height, new_width + pad_width, 3) uint8."""
+        """The image as the model sees it: (new_height + pad_height, new_width + pad_width, 3) uint8."""
         small = to_rgb(image).resize((new_width, new_height), resample=Image.Resampling.BICUBIC)
         return np.array(small.crop((0, 0, new_width + pad_width, new_height + pad_height)))
 
@@ -286,7 +285,8 @@ class KimiK25VisionProcessor(BaseImageProcessor):
         """The chunks of a whole video: {"type": "video_chunk", "video_chunk": [PIL images], "prompt": text}.
 
         video: an encoded video (bytes, path, address, data URI, base64), a list of frames, or an array (n, H, W, 3).
-        fps: the rate of frames given as such. Holds all sampled frames in full size; `open_chunks` holds none.
+        fps: the frame rate of decoded frames. Keeps all sampled frames in memory at full size; `open_chunks` keeps
+        none.
         """
         chunks = self.open_chunks(video, fps, allowed_hosts)
         return [{**chunk, "video_chunk": list(chunk["video_chunk"])} for chunk in chunks]
@@ -340,8 +340,8 @@ def media_size(media: Mapping[str, Any], settings: MediaSettings) -> Size:
 def fill_patches(items: deque[Item], num_patches: int, settings: MediaSettings) -> np.ndarray:
     """(P, 3, patch, patch) float32.
 
-    Decodes frame by frame, since a video has to, while threads resize and write the frames before; never more than
-    `max_threads()` frames wait for them. Takes the items from the queue, so that nothing decoded outlives its turn.
+    Decodes frame by frame, as videos require, while threads resize and write earlier frames; at most `max_threads()`
+    frames wait for them. Items are removed from the queue, so that decoded frames are freed once they are written.
     """
     patch = settings.patch_size
     mean = np.array(settings.image_mean, dtype=np.float32).reshape(3, 1, 1)

@@ -1,7 +1,7 @@
 """Makes this flat repository importable as a package: `from kimi.modeling_kimi import Router`.
 
-The files here import each other relatively and lie flat, because transformers' remote-code loader wants it so. A module
-with a `__path__` is a package to Python, so scripts and tests reach the very same files without a second spelling.
+The files here import each other relatively and are in one folder, as transformers' remote-code loader requires. A
+module with a `__path__` is a package to Python, so scripts and tests import the same files under one name.
 """
 
 from pathlib import Path

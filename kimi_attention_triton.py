@@ -6,8 +6,8 @@ Letters: B sequences, h heads, T new tokens, S cached and new tokens, c = kv_lor
     score  = scaling * (q_latent . latent + q_pe . k_pe)
     output = softmax(score) latent                                     (B, h, T, c)
 
-All h T queries of a sequence meet the same cache, and the latent is key and value at once. So a step at depth S has to
-read 2 (c + dr) bytes a token, once, and reading them once is the whole problem:
+All h T queries of a sequence share one cache, and the latent is both key and value. So a step at depth S has to read
+2 (c + dr) bytes a token at least, and the kernels are built to read them only once:
 
     partial  A program takes up to 64 queries (all heads of one new token) as the rows of its products, walks over its
              part of the cache in blocks of keys, uses each block for the scores and again for the output, and keeps a
@@ -16,8 +16,8 @@ read 2 (c + dr) bytes a token, once, and reading them once is the whole problem:
     merge    Rescales the parts of a query to their common maximum and adds them, in the order of the splits.
 
 The number of splits follows from shapes and the device, never from data, so a call can be captured in a CUDA graph. With
-`lengths`, tokens beyond a sequence's length are not read, and the splits share what is left: a static cache costs what
-it holds. Cache tensors may be slices of larger buffers; their strides are used as they are.
+`lengths`, tokens beyond a sequence's length are not read, and the splits share the rest: a static cache costs only
+its filled part. Cache tensors may be slices of larger buffers; their strides are used as they are.
 
 Masks are what `kimi_cache.readable_mask` returns: booleans, True = seen, or additive floats. A hidden key scores the
 smallest float rather than -inf, so a query that sees nothing gets the mean of the cache like the reference, and no NaN.
@@ -70,7 +70,7 @@ def latent_attention_triton(
     """The same as `modeling_kimi.latent_attention`, without the weights: (B, h, T, c) in q_latent's dtype, and None.
 
     `mask` is (B or 1, 1, T or 1, S). `lengths`, (B,) integers on the device and at least 1, ends each sequence's cache
-    early: what lies behind need not be written, and a mask need not hide it.
+    early: later tokens need not be written, and a mask need not hide them.
     """
     batch, heads, num_new, width = q_latent.shape
     num_total, rope_width = latent.shape[2], k_pe.shape[3]
@@ -117,7 +117,7 @@ def latent_attention_triton(
             MASK="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
             MASK_ROWS=mask is not None and mask.shape[2] > 1,
             DTYPE={torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype],
-            PRECISION="ieee" if dtype == torch.float32 else "tf32",  # only fp32 dots look at it
+            PRECISION="ieee" if dtype == torch.float32 else "tf32",  # only fp32 products use it
             LOWEST=LOWEST,
             LOG2_E=LOG2_E,
             BLOCK_M=blocks.queries,
@@ -162,7 +162,7 @@ def check(
     k_pe: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> None:
-    """Raises for what would otherwise be read as something else: a kernel sees only pointers."""
+    """Raises for inputs that a kernel, which sees only pointers, would misread."""
     batch, _, num_new, width = q_latent.shape
     num_total = latent.shape[2]
     if latent.shape != (batch, 1, num_total, width) or k_pe.shape != (batch, 1, num_total, q_pe.shape[3]):
@@ -171,7 +171,9 @@ def check(
             f" {tuple(q_pe.shape)}; expected {(batch, 1, num_total, width)} and {(batch, 1, num_total, q_pe.shape[3])}."
         )
     if q_pe.shape[:3] != q_latent.shape[:3]:
-        raise ValueError(f"q_latent {tuple(q_latent.shape)} and q_pe {tuple(q_pe.shape)} differ in front.")
+        raise ValueError(
+            f"q_latent {tuple(q_latent.shape)} and q_pe {tuple(q_pe.shape)} differ before their last dimension."
+        )
     if latent.stride(3) != 1 or k_pe.stride(3) != 1:
         raise ValueError(
             f"the cache's last dimension must be contiguous, strides {latent.stride()}, {k_pe.stride()}."

@@ -6,8 +6,8 @@ Multi-head latent attention caches two tensors per layer (see `modeling_kimi.py`
 per token for the whole model in bf16.
 
 transformers' `DynamicLayer` concatenates at every step, which reads and writes the whole cache for each new token: at
-256K tokens 2 x 18 GB. `LatentLayer` is the same layer with spare room behind its tensors, so a step writes one token.
-Everything else (crop, reorder, repeat, select, deepcopy) is inherited and works on the visible part.
+256K tokens 2 x 18 GB. `LatentLayer` is the same layer with spare capacity behind its tensors, so a step writes one
+token. Everything else (crop, reorder, repeat, select, deepcopy) is inherited and works on the visible part.
 """
 
 from inspect import signature
@@ -54,7 +54,10 @@ class LatentLayer(DynamicLayer):
         end = start + key_states.shape[2]
         buffers = self._buffers
         if buffers is None or not self._has_room(buffers, past, end):
-            buffers = self._buffers = (_roomy_copy(past[0], new[0], end), _roomy_copy(past[1], new[1], end))
+            buffers = self._buffers = (
+                _copy_with_capacity(past[0], new[0], end),
+                _copy_with_capacity(past[1], new[1], end),
+            )
         for buffer, states in zip(buffers, new, strict=True):
             buffer[:, :, start:end] = states
         self.keys, self.values = (buffer[:, :, :end] for buffer in buffers)
@@ -76,8 +79,8 @@ class LatentLayer(DynamicLayer):
         super().reset()
 
 
-def _roomy_copy(past: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
-    """A buffer for `length` tokens and some more that begins with `past`; shaped like `new`."""
+def _copy_with_capacity(past: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
+    """A buffer for `length` tokens and some spare ones that begins with `past`; shaped like `new`."""
     capacity = length + max(MIN_ROOM, length // ROOM_SHARE)
     buffer = new.new_empty((*new.shape[:2], capacity, new.shape[3]))
     if past.numel():
@@ -128,7 +131,7 @@ def _initialize_static(layer: StaticLayer, latent: torch.Tensor, k_pe: torch.Ten
 
 
 def count_positions(attention_mask: torch.Tensor | None, cache_position: torch.Tensor) -> torch.Tensor:
-    """(B or 1, T) positions of the new tokens; left padding takes none, so a padded row equals the row alone."""
+    """(B or 1, T) positions of the new tokens; left padding is not counted, so a padded row equals the row alone."""
     num_tokens = len(cache_position)
     if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] >= num_tokens:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_tokens:]

@@ -137,9 +137,8 @@ class PromptMedia:
     def __init__(
         self, places: Tensor, pixel_values: Tensor, grids: list[Grid], merge: Sequence[int], first_column: int
     ):
-        self.places = (
-            places.cpu()
-        )  # (B, T); the indices below are computed on the host, without a device wait for each
+        # (B, T); the indices below are computed on the host, without a device wait for each.
+        self.places = places.cpu()
         self.pixel_values, self.grids, self.merge = pixel_values, grids, merge
         self.first_column = first_column
         self.tokens = torch.tensor(count_tokens(grids, merge))  # (N,)

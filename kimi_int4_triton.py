@@ -9,13 +9,13 @@ and W = M/8 words a row. Per layer, all contiguous:
 One word holds inputs 8w .. 8w+7 of one output, lowest nibble first (see `kimi_int4.py`), and four words, 16 bytes, are
 exactly one group that shares a scale. A product needs nibble j of word w next to input 8w + j. The order of a sum is
 free, so no weight ever moves, neither in memory nor between threads; the *activations*, thousands of times smaller, are
-laid out to meet the nibbles as they fall out of the words:
+rearranged to match the order in which nibbles are taken out of the words:
 
     planes  for decode   input 8w + j at j * W + w: plane j lines up with nibble j of consecutive words
     paired  for prefill  every eight inputs as 0 4 1 5 2 6 3 7: one shift takes nibbles j and j + 4 of a word to the two
                          16-bit halves of a register, as a pair of bf16
 
-`to_planes` and `to_paired` do it for x; hidden activations are written that way to begin with.
+`to_planes` and `to_paired` do it for x; hidden activations are written in that order directly.
 
 Magic numbers. Converting integers is slow on a GPU (an eighth of the FMA rate on Hopper), so codes become floats by
 and-or: the bits of 2^23 with a code in the mantissa are the float 2^23 + code. A field 4p bits higher is 16^p times as
@@ -27,18 +27,18 @@ much, which one fused multiply-add undoes together with the offset 8, exactly. b
         down_decode       -> (R, H): a program owns outputs of one row and adds its K experts in order
     prefill (many rows)   pairs sorted by expert and cut into tiles of BLOCK_M, on the tensor cores. Weights become bf16
                           (or x's dtype) in registers, rounded as `dequantize_int4` rounds, and are the left operand:
-                          out^T = W x^T, so that few rows make a narrow tile rather than an empty one.
+                          out^T = W x^T, so that few rows make a narrow tile rather than a mostly empty one.
         gate_up_prefill   x paired (R, H) -> hidden paired (R K, I), in sorted order
         down_prefill      -> (R K, H), back in pair order
         combine           -> (R, H): sums the K weighted outputs of a row in order, in fp32
 
-Nothing here asks the device anything: every shape and grid is a function of the inputs' shapes, so a call can be
+Nothing here waits for the device: every shape and grid is a function of the inputs' shapes, so a call can be
 captured in a CUDA graph. The tiles of prefill have a bound, floor(R K / BLOCK_M) + min(E, R K); programs beyond the last
-tile leave at once. Nothing is added by atomics, so results repeat bit for bit.
+tile return at once. Nothing is added by atomics, so results repeat bit for bit.
 
 The block sizes below were NOT tuned on a GPU: they were chosen on paper and by reading compiled code.
-`benchmarks/bench_experts.py --tune` searches a grid of them. They are data, not autotuned at run time, because a search
-at the first call breaks graph capture and makes start-up slow.
+`benchmarks/bench_experts.py --tune` searches a grid of them. They are constants, not autotuned at run time, because a
+search at the first call breaks graph capture and makes start-up slow.
 
 TRITON_INTERPRET=1 in the environment before this file is imported runs all of it on the CPU, slowly.
 """
@@ -57,9 +57,8 @@ try:  # inside `try`, the remote-code loader does not take triton for a hard req
 except ImportError:
     raise
 
-Packed = tuple[
-    torch.Tensor, torch.Tensor
-]  # words (E, N, M/8) and scales (E, N, M/32): an ExpertMatrices is one
+# Words (E, N, M/8) and scales (E, N, M/32): an ExpertMatrices is one.
+Packed = tuple[torch.Tensor, torch.Tensor]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DECODE_UP_TO = 16  # rows
@@ -85,8 +84,8 @@ class PrefillBlocks(NamedTuple):
     stages: int
 
 
-# Untuned. One warp, a group a lane: it reads 512 contiguous bytes of a row, meets no other warp, and hides latency by
-# having many neighbours. With more outputs the compiler wants more registers and fewer warps fit.
+# Untuned. One warp, a group a lane: it reads 512 contiguous bytes of a row, synchronises with no other warp, and hides
+# latency by having many neighbours. With more outputs the compiler wants more registers and fewer warps fit.
 GATE_UP_DECODE = DecodeBlocks(outputs=2, groups=32, warps=1, registers=128)
 DOWN_DECODE = DecodeBlocks(outputs=4, groups=32, warps=1, registers=128)
 
@@ -98,7 +97,7 @@ PREFILL_HOPPER: tuple[tuple[float, PrefillBlocks, PrefillBlocks], ...] = (
     (48, PrefillBlocks(64, 128, 16, 8, 3), PrefillBlocks(64, 128, 16, 8, 3)),
     (math.inf, PrefillBlocks(128, 128, 16, 8, 3), PrefillBlocks(128, 128, 16, 8, 3)),
 )
-# Others have less shared memory (some 99 KiB), and mma.sync keeps its operands in registers.
+# Other devices have less shared memory (some 99 KiB), and mma.sync keeps its operands in registers.
 PREFILL_OTHER = (
     (12, PrefillBlocks(16, 64, 16, 4, 2), PrefillBlocks(16, 64, 16, 4, 2)),
     (math.inf, PrefillBlocks(64, 64, 16, 8, 2), PrefillBlocks(64, 64, 16, 8, 2)),
@@ -137,7 +136,7 @@ def check(
     up: Packed,
     down: Packed,
 ) -> None:
-    """Raises for what would otherwise be read as something else: a kernel sees only pointers."""
+    """Raises for inputs that a kernel, which sees only pointers, would misread."""
     width, inner = x.shape[-1], gate[0].shape[1]
     if topk_ids.shape != topk_weights.shape or topk_ids.shape[:1] != x.shape[:1]:
         raise ValueError(
@@ -205,9 +204,8 @@ def nibble_fp32(words, NIBBLE: tl.constexpr, magic):
     PLACE: tl.constexpr = NIBBLE if NIBBLE < 5 else NIBBLE - 5
     if NIBBLE >= 5:
         words = words.to(tl.uint32, bitcast=True) >> 20
-    bits = (words & (15 << (4 * PLACE))).to(
-        tl.int32, bitcast=True
-    ) | magic  # the float 2^23 + 16^PLACE * code
+    # The float 2^23 + 16^PLACE * code.
+    bits = (words & (15 << (4 * PLACE))).to(tl.int32, bitcast=True) | magic
     return bits.to(tl.float32, bitcast=True) * (1.0 / 16**PLACE) - (8388608.0 / 16**PLACE + 8.0)
 
 
@@ -248,7 +246,7 @@ def dequantize_tile(words, scales, magic, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_group_words(words, n, g, w, N, GROUPS):
-    """(outputs, groups, 4) words; beyond the edges zeros, which count for nothing because their scales are 0 too."""
+    """(outputs, groups, 4) words; beyond the edges zeros, which add nothing because their scales are 0 too."""
     return tl.load(words + n * (GROUPS * 4) + g * 4 + w, mask=(n < N) & (g < GROUPS), other=0)
 
 
@@ -294,7 +292,7 @@ def gate_up_decode_kernel(
     up_words = load_group_words(up, n, g0, w, I, GROUPS)
     for start in range(0, GROUPS, BLOCK_G):
         g = start + g0
-        # The next words are on their way while these are multiplied.
+        # The next words are loaded while these are multiplied.
         next_gate = load_group_words(gate, n, g + BLOCK_G, w, I, GROUPS)
         next_up = load_group_words(up, n, g + BLOCK_G, w, I, GROUPS)
         gate_s = load_group_scales(gate_scale, n, g, I, GROUPS, scale_step).to(tl.float32)
@@ -338,9 +336,8 @@ def down_decode_kernel(
     steps = tl.cdiv(GROUPS, BLOCK_G)
     expert = tl.load(topk_ids + row * K).to(tl.int64)
     words = load_group_words(down + expert * H * (GROUPS * 4), n, g0, w, H, GROUPS)
-    for step in range(
-        K * steps
-    ):  # one loop over choices and groups, so that words of the next expert are fetched ahead
+    # One loop over choices and groups, so that words of the next expert are fetched ahead.
+    for step in range(K * steps):
         pair = row * K + step // steps
         g = (step % steps) * BLOCK_G + g0
         expert = tl.load(topk_ids + pair).to(tl.int64)
@@ -456,7 +453,7 @@ class Tiles(NamedTuple):
 def sort_by_expert(topk_ids: torch.Tensor, num_experts: int, tile_rows: int) -> Tiles:
     """Ids (R, K) to tiles of up to `tile_rows` pairs. The sort is stable, and no step depends on its data's values.
 
-    (torch.bincount would: on CUDA it asks the device for the largest id.)
+    (torch.bincount would: on CUDA it waits for the largest id.)
     """
     ids = topk_ids.flatten()
     sorted_ids, order = ids.sort(stable=True)
@@ -623,7 +620,7 @@ def run_experts_prefill(
 
 
 def prefill_blocks(pairs_per_expert: float, x: torch.Tensor) -> tuple[PrefillBlocks, PrefillBlocks]:
-    """The first row of the device's table that serves so many pairs per expert, on average."""
+    """The first row of the device's table for the average number of pairs per expert."""
     table: tuple[tuple[float, PrefillBlocks, PrefillBlocks], ...]
     if compute_dtype(x) == torch.float32:
         table = PREFILL_FP32
@@ -679,7 +676,7 @@ def down_prefill(hidden: torch.Tensor, tiles: Tiles, down: Packed, blocks: Prefi
 def prefill_constants(x: torch.Tensor, words: int, blocks: PrefillBlocks) -> dict[str, object]:
     return {
         "DTYPE": {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype],
-        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",  # only fp32 dots look at it
+        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",  # only fp32 products use it
         "EVEN": words % blocks.words == 0,
         "BLOCK_M": blocks.rows,
         "BLOCK_N": blocks.outputs,

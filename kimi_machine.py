@@ -1,7 +1,7 @@
 """The machine that a plan is made for: known cards, sizes as people write them, and what is found here.
 
-A size is read as it is sold. `80GB` of GPU or RAM is 80 GiB of chips, of which CUDA shows about 98 %; `2TB` of disk is
-2 * 10^12 bytes. GiB and TiB are taken exactly. Bandwidths are the data sheets', in bytes/s.
+Sizes are read as vendors state them. `80GB` of GPU or RAM is 80 GiB of chips, of which CUDA shows about 98 %; `2TB` of
+disk is 2 * 10^12 bytes. GiB and TiB are taken exactly. Bandwidths are the data sheets', in bytes/s.
 """
 
 import re
@@ -16,7 +16,7 @@ DISK_BANDWIDTH = 7.0e9  # bytes/s: sequential reads of a PCIe 4.0 x4 NVMe drive 
 
 # Held back on every device. The first two are allowances, not measurements of this model: a CUDA process that has used
 # cuBLAS and a few kernels shows 0.4 to 0.6 GiB in nvidia-smi before its first tensor, and PyTorch's allocator rounds
-# large blocks up to 2 MiB and leaves holes where the growing cache moved out.
+# large blocks up to 2 MiB and leaves gaps where a growing cache was before it was copied.
 CUDA_CONTEXT_BYTES = 640 * MIB
 FRAGMENTATION_SHARE = 0.005  # of a device
 HOST_RESERVE_BYTES = 4 * GIB  # operating system, Python, torch, buffers of the loader
@@ -108,8 +108,8 @@ def parse_gpus(text: str) -> tuple[Gpu, ...]:
 
 
 def gpu_of(text: str) -> Gpu:
-    """A card by its name, "H100-80", or by its printed size, "80GB"; then the slowest known card of that size lends
-    its bandwidth.
+    """A card by its name, "H100-80", or by its printed size, "80GB", with the bandwidth of the slowest known card
+    of that size.
     """
     if re.match(r"-?\d+(\.\d+)?\s*[MGT]i?B$", text, re.IGNORECASE):
         size = parse_size(text, "GPU memory", gb=GIB)
@@ -129,7 +129,7 @@ def gpu_of(text: str) -> Gpu:
 
 
 def _find_card(text: str) -> Card | None:
-    """The card named by `text`, and by nothing more: "H100 80GB HBM3" is known, "H1000" is not."""
+    """The card whose full name is `text`: "H100 80GB HBM3" is known, "H1000" is not."""
     flat = re.sub(r"[^A-Z0-9]", "", text.upper())
     found = [card for card in CARDS if all(part in flat for part in card.parts)]
     for card in sorted(found, key=lambda card: -sum(map(len, card.parts))):

@@ -7,7 +7,7 @@ The prompt ends with an open `<think>`, so a completion begins inside the reason
     call       := "<|tool_call_begin|>" id "<|tool_call_argument_begin|>" arguments "<|tool_call_end|>"
     id         := "functions." name ":" digits          (counts the calls of the whole conversation)
 
-There is one reader, `CompletionParser`, a machine of five states. Whole text is a stream of one piece.
+There is one parser, `CompletionParser`, a state machine with five states. Whole text is a stream of one piece.
 
     state       ends at                                             what its text is
     REASONING   </think> -> CONTENT; section or call -> tools       reasoning
@@ -17,10 +17,10 @@ There is one reader, `CompletionParser`, a machine of five states. Whole text is
                 marker -> BETWEEN, error `missing_arguments`
     ARGUMENTS   end of the call or of the section -> BETWEEN        arguments, trimmed, never read as JSON
 
-`<|im_end|>` stops it in every state. A marker that is not in the line of a state is plain text there. Reasoning and
+`<|im_end|>` stops it in every state. A marker that is not listed for a state is plain text in it. Reasoning and
 content keep their whitespace: rendered again behind the same prompt, a complete completion gives the same bytes.
 
-All markers begin with `<` and hold no second one. So what may be the first half of a marker, and is held back until
+All markers begin with `<` and contain no second one. So what may be the first half of a marker, and is held back until
 more comes, can only begin at the last `<`; each character is looked at a fixed number of times.
 
 Text cannot tell the marker `</think>` from a text that spells it; token ids can. Give ids where there are ids: then
@@ -42,7 +42,7 @@ STOP_TOKENS = (STOP, "[EOS]", "[EOT]")  # the last two end a sequence as tokens 
 
 
 class State:
-    """Where the reader stands, which decides what a marker is: all others are text there."""
+    """A state of the parser, with the markers that it recognises; all others are text."""
 
     def __init__(self, *markers: str):
         self.find = re.compile("|".join(map(re.escape, markers))).search
@@ -67,7 +67,7 @@ class Event(NamedTuple):
 
     kind: str
     text: str = ""
-    index: int = -1  # type: ignore[assignment]  # hides tuple.index(), which nobody calls
+    index: int = -1  # type: ignore[assignment]  # hides tuple.index(), which is never called
     id: str = ""
     name: str = ""
 
@@ -75,8 +75,8 @@ class Event(NamedTuple):
 class CompletionParser:
     """Reads a completion in pieces of any size; no text makes it raise.
 
-    `feed` and `finish` return what can be said for certain so far. A call is announced once its id is complete and well
-    formed, so one that breaks off later was announced but is not among the `tool_calls` of the result.
+    `feed` and `finish` return what is certain so far. A call is announced once its id is complete and well
+    formed, so one that is cut off later was announced but is not among the `tool_calls` of the result.
     """
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class CompletionParser:
         return self._take_events()
 
     def finish(self) -> list[Event]:
-        """Says that nothing follows. What was held back is text after all, and an open call is cut off."""
+        """Ends the input. What was held back is text after all, and an open call is cut off."""
         if not self._finished:
             self._finished = True
             if not self._stopped:
@@ -123,8 +123,8 @@ class CompletionParser:
         return self._take_events()
 
     def result(self) -> dict[str, Any]:
-        """The message, finishing it first if that was not done. Keys: role, reasoning_content, content, status, and as
-        far as there is something to say implicit_reasoning_end, tool_calls, unparsed_tool_calls."""
+        """The message; finishes the parser first if that was not done. Keys: role, reasoning_content, content, status,
+        and, where they apply, implicit_reasoning_end, tool_calls, unparsed_tool_calls."""
         self.finish()
         message: dict[str, Any] = {
             "role": "assistant",
@@ -223,9 +223,8 @@ class CompletionParser:
         self._header: list[str] = []
         self._arguments: list[str] = []
         self._id = self._name = ""  # without a name the id has another shape
-        self._blanks: list[str] | None = (
-            None  # trailing whitespace so far; None before the first other character
-        )
+        # Trailing whitespace so far; None before the first other character.
+        self._blanks: list[str] | None = None
 
     def _begin_arguments(self) -> None:
         self._state = ARGUMENTS
@@ -398,15 +397,15 @@ def as_ids(chunk: Any) -> list[int]:
 
 
 def parse_completion(text_or_ids: Any, tokenizer: Any = None) -> dict[str, Any]:
-    """The message that a completion is: what was generated behind the prompt, as text, bytes or token ids.
+    """A completion as a message: what was generated after the prompt, as text, bytes or token ids.
 
     Keys: role; reasoning_content and content, which may be empty; status; if there are any, tool_calls in the shape of
     OpenAI's chat completions, with arguments as the text that was generated, and unparsed_tool_calls as {"raw",
     "error"}, where error is bad_id, missing_arguments or truncated; implicit_reasoning_end, if tool calls began inside
     the reasoning. The status is `complete` only if a stop token ended an answer; `stopped_in_reasoning`, or
-    `truncated_` with in_reasoning, in_content, in_tool_calls or after_tool_calls says where it broke off.
+    `truncated_` with in_reasoning, in_content, in_tool_calls or after_tool_calls says where it was cut off.
 
-    Ids need the tokenizer. Raises ValueError for what is no completion at all, never for its text.
+    Ids need the tokenizer. Raises ValueError for other types, never for the content.
     """
     stream = KimiCompletionStream(tokenizer)
     stream.feed_events(text_or_ids)

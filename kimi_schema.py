@@ -1,7 +1,8 @@
 """Tool calls against the JSON schemas of their tools: is the tool known, are the arguments JSON, does the schema allow them?
 
 These are the questions by which deployments of the model are compared. The answer must not depend on what else is
-installed, so the checker is here: the part of JSON Schema 2020-12 that tools use. What it does not know it names.
+installed, so the checker is here: the part of JSON Schema 2020-12 that tools use. Keywords that it does not know are
+reported.
 """
 
 import json
@@ -63,7 +64,7 @@ JSON_KINDS: dict[str, Any] = {
     "object": dict,
     "array": list,
 }
-# Say something about a schema, not about values. `format` is a note in JSON Schema unless asked otherwise.
+# Keywords about the schema itself, not about values. `format` is a note in JSON Schema unless asked otherwise.
 # fmt: off
 ANNOTATIONS = {
     "$anchor", "$comment", "$defs", "$id", "$schema", "contentEncoding", "contentMediaType", "default", "definitions",
@@ -102,7 +103,7 @@ RULES = {
 
 class SchemaCheck:
     """A JSON value against a JSON schema (2020-12, the part of it that tools use), without another package: the answer
-    must not depend on what is installed. A keyword it does not know is put down in `unchecked`, never passed over."""
+    must not depend on what is installed. A keyword it does not know is recorded in `unchecked`, never ignored."""
 
     def __init__(self, root: Any):
         self.root = root
@@ -195,7 +196,10 @@ class SchemaCheck:
     def _check_reference(self, target: Any, value: Any, where: str) -> list[str]:
         if not isinstance(target, str) or not re.fullmatch(r"#(/.*)?", target, re.DOTALL):
             return self._skip(where, "$ref", target)
-        if (target, where) in self._open_references:  # back at the same value: it will never say anything
+        if (
+            target,
+            where,
+        ) in self._open_references:  # an endless reference to the same value: it can find no error
             return self._skip(where, "$ref", target)
         schema = self.root
         for step in target.split("/")[1:]:

@@ -11,8 +11,8 @@ Everywhere else (a pipe, a file, TERM=dumb, or the variable NO_COLOR set) it is 
     [tool call functions.get_weather:0] {"city": "Beijing"}
 
 What a model writes may hold escape sequences, by accident or because somebody put them into what it read. A terminal
-would obey them: move the cursor, change the title, hide lines. So control characters, and the signs that turn the
-direction of writing, are never sent on; they show up as `␛` and the like.
+would execute them: move the cursor, change the title, hide lines. So control characters, and characters that change
+the writing direction, are never printed; they are shown as `␛` and the like.
 """
 
 import os
@@ -29,10 +29,10 @@ from .kimi_output import Event, KimiCompletionStream, as_ids
 DIM, RESET = "\x1b[2m", "\x1b[0m"
 MAX_BOX_WIDTH = 100  # columns; longer lines are hard to read
 MIN_BOX_WIDTH = 20
-MAX_RAW_WIDTH = 200  # of a call that cannot be used; all of it is in the message
+MAX_RAW_WIDTH = 200  # of an invalid call; the message has all of it
 
-# Everything below U+0020 but newline and tab gets its picture from U+2400 on, as does DEL. The second range of controls
-# (U+009B alone opens an escape sequence) and the signs for the direction of writing have none.
+# Everything below U+0020 but newline and tab is shown as its control picture from U+2400 on, as is DEL. The second range
+# of controls (U+009B alone opens an escape sequence) and the characters for the writing direction have no such picture.
 VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
 VISIBLE[0x7F] = 0x2421
 VISIBLE.update(dict.fromkeys([*range(0x80, 0xA0), 0x061C, 0x200E, 0x200F], 0xFFFD))
@@ -40,7 +40,7 @@ VISIBLE.update(dict.fromkeys([*range(0x2028, 0x202F), *range(0x2066, 0x206A)], 0
 
 
 def neutralize(text: str) -> str:
-    """The text without anything that a terminal would obey, newline and tab excepted."""
+    """The text without control characters that a terminal would execute, except newline and tab."""
     return text.translate(VISIBLE)
 
 
@@ -100,7 +100,8 @@ class PlainDisplay:
             return
         self._line_open = not text.endswith("\n")
         encoding = getattr(self._out, "encoding", None) or "utf-8"
-        self._out.write(text.encode(encoding, "replace").decode(encoding))  # a terminal that knows no Chinese
+        # A terminal whose encoding lacks Chinese shows question marks.
+        self._out.write(text.encode(encoding, "replace").decode(encoding))
         self._out.flush()
 
 
@@ -144,7 +145,7 @@ class TerminalDisplay(PlainDisplay):
             self._width = 0
 
     def note(self, text: str) -> None:
-        self.close_call()  # the call that broke off
+        self.close_call()  # the call that was cut off
         super().note(text)
 
     def _end_box_line(self) -> None:
@@ -182,7 +183,7 @@ class KimiTextStreamer(BaseStreamer):
     skip_prompt: leaves out the prompt, which `generate` hands over first.
     out: where to print; standard output if not given, whatever that is when the first token comes.
 
-    After a completion, `message` is what `parse_completion` says about it.
+    After a completion, `message` is what `parse_completion` returns for it.
     """
 
     def __init__(self, tokenizer: Any, skip_prompt: bool = False, out: TextIO | None = None):

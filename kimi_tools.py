@@ -20,13 +20,13 @@ comes, with `# Tools` and `## functions` above and a newline at the end:
     }) => any;
     }
 
-Keys are sorted, required fields come first, and what stands in `$defs` becomes an `interface` above the function. The
+Keys are sorted, required fields come first, and each entry of `$defs` becomes an `interface` above the function. The
 text is what the model was trained on, so its quirks are kept: enum strings are not escaped, `True` and `None` are
 spelled as in Python, names are not quoted, an empty line in a description has no slashes. The result is for reading; no
 TypeScript compiler would take all of it.
 
-A schema that has no such form (`oneOf`, `allOf` or `const` without a type, `#/definitions/...`, tuples) is no
-error of the user: the whole list is then written as compact JSON, as it was in training, and a warning says why.
+A schema that has no such form (`oneOf`, `allOf` or `const` without a type, `#/definitions/...`, tuples) is not
+a user error: the whole list is then written as compact JSON, as it was in training, and a warning says why.
 """
 
 import inspect
@@ -46,7 +46,7 @@ CONSTRAINTS = {
     "integer": ("maximum", "minimum"),
     "array": ("maxItems", "minItems"),
 }
-# How the members of a list of types are written. What stands next to such a list (`items`, `properties`) is not read.
+# How the members of a list of types are written. Keywords next to such a list (`items`, `properties`) are not read.
 UNION_MEMBERS = {
     "string": "string",
     "number": "number",
@@ -56,7 +56,7 @@ UNION_MEMBERS = {
     "object": "{}",
     "array": "Array<any>",
 }
-# What an enum may hold beside None. bool is an int in Python, and the declaration takes it for one.
+# What an enum may hold besides None. bool is an int in Python, and the declaration takes it for one.
 ENUM_KINDS: dict[str, Any] = {"string": str, "number": (int, float), "integer": int, "boolean": bool}
 DEFINITIONS = "#/$defs/"
 
@@ -105,7 +105,7 @@ def tool_as_dict(tool: Any, where: str) -> Mapping[str, Any]:
     if isinstance(tool, Mapping):
         return tool
     if inspect.isclass(tool) and hasattr(tool, "model_json_schema"):
-        # The description is said once, at the function; the title would only repeat the name.
+        # The description is written once, at the function; the title would only repeat the name.
         parameters = {k: v for k, v in tool.model_json_schema().items() if k not in ("title", "description")}
         function = {"name": tool.__name__, "parameters": parameters}
         if tool.__doc__:  # not inspect.getdoc, which would go on to the docstring of the base class
@@ -126,7 +126,9 @@ def tool_as_dict(tool: Any, where: str) -> Mapping[str, Any]:
             TypeError,
             ValueError,
         ) as error:
-            raise ValueError(f"{where} is a function that describes itself too little: {error}") from error
+            raise ValueError(
+                f"{where} is a function that lacks type hints or a docstring: {error}"
+            ) from error
     raise ValueError(f"{where} must be a dict, a function or a pydantic model, not {type(tool).__name__}")
 
 
@@ -205,10 +207,8 @@ def encode_function(function: Any) -> str:
         return FunctionWriter(name).write(deep_sort_dict(function))
     except RecursionError:
         raise UnsupportedSchema(f"tool {name!r}: the schema is nested too deeply") from None
-    except (
-        UnsupportedSchema,
-        TypeError,
-    ) as error:  # TypeError: keys that do not sort, a default that is no JSON
+    # TypeError: keys that do not sort, a default that is no JSON.
+    except (UnsupportedSchema, TypeError) as error:
         raise UnsupportedSchema(f"tool {name!r}, {error}") from error
 
 
@@ -234,7 +234,7 @@ class FunctionWriter:
             raise unsupported("parameters", f"is a {type(parameters).__name__}, not a dict")
         fields, rest = self.read_fields(parameters, "  ", "parameters")
         interfaces, signature = [], object_of(required_first(fields) + rest, "")
-        # Told by the root alone: a definition that mentions `#`, which is read below, changes nothing any more.
+        # Decided by the root alone: a definition that mentions `#`, which is read below, changes nothing any more.
         if self.refers_to_root:
             interfaces = ["interface parameters {\n" + ",\n".join(field.text for field in fields) + "\n}"]
             signature = "parameters"
@@ -245,14 +245,14 @@ class FunctionWriter:
     def write_interfaces(self) -> list[str]:
         written: dict[str, str] = {}
         while pending := [name for name in self.definitions if name not in written]:
-            for name in pending:  # a definition may bring further ones along
+            for name in pending:  # a definition may add further ones
                 schema, path = self.definitions[name], f"$defs.{name}"
                 interface = f"interface {name} {self.type_of(schema, '', path)}"
                 written[name] = "\n".join([*description_lines(schema, "", path), interface])
         return list(written.values())
 
     def type_of(self, schema: Any, indent: str, path: str) -> str:
-        """The type alone, without comments. The order of the questions decides: anyOf before enum before type."""
+        """The type alone, without comments. The order of the checks matters: anyOf before enum before type."""
         if schema is True or schema == {}:
             return "any"
         if schema is False:

@@ -1,4 +1,4 @@
-"""Videos: which frames are read, when they are shown, and who decodes them. Knows nothing of pixels' later fate.
+"""Videos: which frames are read, when they are shown, and who decodes them. Not how they are resized.
 
     n frames at f frames a second            sample_fps 2, 4 frames in a chunk
       k = round(n * min(2, f) / f)           at least 1, so about two frames for a second of video
@@ -7,16 +7,16 @@
       timestamp = first index of a chunk / f as text, "00:00:02.100"; the container's own times are not used
 
 A video is opened once and tells its number of frames, its rate and the size of a frame before anything but the first
-frame is decoded. `ChunkFrames` then stands for the frames of a chunk and decodes them when they are read, so that of a
-video of two hours no more than one chunk lies decoded in memory.
+frame is decoded. `ChunkFrames` then stands for the frames of a chunk and decodes them when they are read, so that even
+of a video of two hours at most one decoded chunk is in memory.
 
-Decoders, through one seam (`open_video`): decord where it is installed, else PyAV, which also exists for ARM and
+Decoders, behind one function (`open_video`): decord where it is installed, else PyAV, which also exists for ARM and
 newer Macs. Both turn frames upright as the container asks. decord decodes ahead in a thread of its own for as long as
-nobody reads, without a limit; so a chunk is read at once and the thread is stopped until the next one, which begins at
-the key frame before it. Where key frames are further apart than chunks, that is the dearer way, and PyAV is used if it
-is there. One thing decord does wrong: in a video with open groups of pictures (x265's default) the frames it gives may
-be up to three later than those asked for, the number of frames that are shown before the key frame they need. Frames that are decoded already come as a list or as an
-array (n, H, W, 3), with a rate or else counted as sampled.
+nothing is read, without a limit; so a chunk is read at once and the thread is stopped until the next one, which begins
+at the key frame before it. Where key frames are further apart than chunks, that is slower, and PyAV is used if it is
+installed. One fault of decord: in a video with open groups of pictures (x265's default) the frames it gives may be up
+to three later than those asked for, the number of frames that are shown before the key frame they need. Frames that are
+decoded already come as a list or as an array (n, H, W, 3), with a rate or else counted as sampled.
 
 Decoders only ever get a local file or bytes, never an address, and nothing that is plain text: a playlist would make
 them open what it lists.
@@ -78,7 +78,7 @@ class Video:
         raise NotImplementedError
 
     def read_chunk(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        """Frames in order. May hold all of them decoded while the first ones are used."""
+        """Frames in order. All of them may be in memory, decoded, while the first ones are used."""
         return map(self.read, indices)
 
 
@@ -138,7 +138,7 @@ class EncodedVideo(Video):
 
 
 def one_line(error: Exception) -> str:
-    """decord's messages go on with a C++ stack."""
+    """decord's messages continue with a C++ stack trace."""
     return f"{error}".strip().partition("\n")[0][:200] or type(error).__name__
 
 
@@ -164,7 +164,7 @@ class DecordVideo(EncodedVideo):
 
     def rest(self) -> None:
         """Stops the decoding thread and drops what it has decoded ahead, which may be the whole video."""
-        self.reader.seek(0)  # exact for the first frame; `seek_accurate` would set the thread going again
+        self.reader.seek(0)  # exact for the first frame; `seek_accurate` would restart the thread
 
     def key_frame_distance(self) -> float:
         """Frames from one key frame to the next, on average. Reading begins at a key frame after each rest."""
@@ -173,12 +173,12 @@ class DecordVideo(EncodedVideo):
     def decode(self, index: int) -> np.ndarray:
         try:
             frame = self.reader[index]
-        except Exception:  # of its decoding thread, which may be ahead at a frame that nobody asked for
+        except Exception:  # of its decoding thread, perhaps about a later frame that was not requested
             self.open()
             frame = self.reader[index]
         frame = frame.asnumpy() if hasattr(frame, "asnumpy") else np.asarray(frame)  # if a bridge is set
-        # decord takes the bytes of a row, padded to 64, divided by the width for the number of channels: narrow frames
-        # come with four or more, and what lies behind the 3 * width true bytes of a row is padding.
+        # decord computes the number of channels as the bytes of a row, padded to 64, divided by the width: narrow frames
+        # come with four or more, and only the first 3 * width bytes of a row are pixels.
         height, width = frame.shape[:2]
         return frame.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
@@ -261,7 +261,7 @@ def open_video(
 ) -> Video:
     """A video from anything `kimi_media` reads, or from frames: a list, or an array (n, H, W, 3) of uint8.
 
-    fps: the rate of frames given as such; without it they count as sampled, at `sample_fps`. An encoded video knows
+    fps: the frame rate of decoded frames; without it they count as sampled, at `sample_fps`. An encoded video knows
         its own. decoder: "decord" or "pyav", by default the first that is installed.
     """
     source = unwrap(source)
@@ -300,9 +300,8 @@ def check_container(data: bytes | Path, name: str) -> None:
             raise ValueError(f"{name} is {'text' if head else 'empty'}, not a video")
         num_bytes = file.seek(0, io.SEEK_END)
         start = 0
-        while (
-            start + 8 <= num_bytes
-        ):  # boxes: 4 bytes size, 4 bytes type, content; size 1 is followed by 8 bytes of size
+        # Boxes: 4 bytes size, 4 bytes type, content; size 1 is followed by 8 bytes of size.
+        while start + 8 <= num_bytes:
             file.seek(start)
             size, kind = int.from_bytes(file.read(4), "big"), file.read(4)
             size = int.from_bytes(file.read(8), "big") if size == 1 else size

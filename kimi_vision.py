@@ -16,18 +16,17 @@ The letters used for shapes, with the sizes of Kimi K2.7 Code:
       merge_patches             mean over frames, 2 x 2 neighbours side by side -> per item (h/2 * w/2, 4, D)
       mm_projector              norm of each neighbour, concatenate, MLP -> per item (h/2 * w/2, 7168)
 
-Where a patch is, is said twice. At the entry an embedding is added: a learned 64 x 64 table, resampled to
+Positions enter twice. Before the first block an embedding is added: a learned 64 x 64 table, resampled to
 h x w, and, in items of several frames only, sines and cosines of the frame number. In every block queries and
 keys are rotated by row and column; frames do not rotate. So a chunk of one frame is exactly an image.
 
-All items travel as one sequence, whatever their sizes, and never see each other: attention stays inside the
-item, where every patch of every frame sees every other. An item makes as many tokens as one of its frames
-would.
+All items are packed into one sequence, whatever their sizes, and never attend to each other: attention stays inside the
+item, where every patch of every frame sees every other. An item makes as many tokens as one of its frames would.
 
 Nothing but the weights is stored. Positions are computed from the grids in each call: a table kept as a
 buffer stays uninitialised when the model is built on the meta device, as `from_pretrained` does.
 
-Two GELUs live here, as the weights were trained: the tower's is the tanh approximation, the projector's is
+There are two GELUs, as the weights were trained: the tower's is the tanh approximation, the projector's is
 exact.
 Architecture: MoonViT in Kimi-VL (arXiv:2504.07491), with the video chunks of Kimi K2.5.
 """
@@ -109,7 +108,7 @@ class PatchMergerProjector(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Patches to vectors that know where they are: (P, 3, 14, 14) -> (P, D)."""
+    """Patches to vectors with their position embedding: (P, 3, 14, 14) -> (P, D)."""
 
     def __init__(self, config: KimiK25VisionConfig):
         super().__init__()
@@ -247,7 +246,7 @@ def read_grids(grid_thws: Tensor, num_patches: int, max_frames: int, merge: Sequ
 
 
 class Segments(NamedTuple):
-    """Where each item lies in the packed sequence, in the three forms the attentions want."""
+    """Where each item is in the packed sequence, in the forms that the attention implementations take."""
 
     lengths: list[int]  # t*h*w per item, on the host
     cu_seqlens: Tensor  # (N + 1,) int32 on the device: 0, then the ends of the items
@@ -353,9 +352,8 @@ def segment_attention(block: "MoonViTBlock", q: Tensor, k: Tensor, v: Tensor, se
     sizes = [length * count for length, count in runs]
     outputs = []
     for (_, count), *qkv in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        q_run, k_run, v_run = (
-            x.unflatten(0, (count, -1)).transpose(1, 2) for x in qkv
-        )  # (count, H, length, hd)
+        # (count, H, length, hd)
+        q_run, k_run, v_run = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in qkv)
         # Every block of queries reads all keys and values. Head by head in memory, a large image takes 12 % less time.
         k_run, v_run = k_run.contiguous(), v_run.contiguous()
         out = F.scaled_dot_product_attention(q_run, k_run, v_run, scale=q.shape[-1] ** -0.5)

@@ -10,8 +10,8 @@ Decode is attention on the latent cache for one new token: q_latent, q_pe, laten
 the cache, (c + dr) values a token, once. `cpu` also multiplies by kv_b_proj on both sides, in the same call. Prefill is
 `MLA.expand` of a whole prompt: kv_b_proj, keys, values, causal attention; TFLOP/s counts the causal half only.
 
-Both ceilings, a large copy and a large bf16 product, are measured in the same run. Medians; caches are overwritten before
-each run. On a GPU a measurement is one replay of a CUDA graph where the call can be captured.
+Both upper bounds, a large copy and a large bf16 product, are measured in the same run. Medians; caches are overwritten
+before each run. On a GPU a measurement is one replay of a CUDA graph where the call can be captured.
 """
 
 import argparse
@@ -68,9 +68,8 @@ def cpu_backend() -> Callable:
         heads = q_latent.shape[1]
         if heads not in up:
             up[heads] = torch.randn(heads, NOPE + VALUE, LATENT).bfloat16() * LATENT**-0.5
-        return absorb(
-            q_latent[..., :NOPE].contiguous(), q_pe, up[heads], latent, k_pe, None, SCALING
-        )  # another result: the two products more, in the same call
+        # Another result: the two products more, in the same call.
+        return absorb(q_latent[..., :NOPE].contiguous(), q_pe, up[heads], latent, k_pe, None, SCALING)
 
     return run
 

@@ -1,8 +1,8 @@
 """Stacked experts or one module per expert matrix: which layout should hold 69,120 int4 matrices?
 
 Measures, for both, what a user waits for: building 61 layers on meta, transformers' device map, loading a checkpoint of
-20,736 expert tensors, and saving it. The rival has a module for each matrix, named as in the checkpoint, and goes through
-transformers' own loader and saver.
+20,736 expert tensors, and saving it. The other layout has a module for each matrix, named as in the checkpoint, and
+goes through transformers' own loader and saver.
 
     python benchmarks/bench_expert_layout.py            (in either environment; about 3 minutes)
 """
@@ -51,7 +51,7 @@ class OneExpert(nn.Module):
 
 
 class ExpertModules(nn.ModuleList):
-    """The rival: names and state dict come for free."""
+    """The other layout: names and state dict come for free."""
 
     def __init__(self, config):
         super().__init__(
@@ -61,7 +61,7 @@ class ExpertModules(nn.ModuleList):
 
 
 class ModulesModel(modeling_kimi.KimiK25ForConditionalGeneration):
-    """The model with the rival's experts, loaded and saved by transformers itself."""
+    """The model with the other layout's experts, loaded and saved by transformers itself."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

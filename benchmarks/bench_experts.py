@@ -5,7 +5,7 @@
     python benchmarks/bench_experts.py --backend triton       one of those below; again for more
     python benchmarks/bench_experts.py --tune                 tries block sizes of the Triton kernels, prints the best
 
-Random words, scales and routing. Reports the median of many runs, and beside it two ceilings measured in the same run on
+Random words, scales and routing. Reports the median of many runs, and two upper bounds measured in the same run on
 the same device: a large copy (bytes read plus written) and a large bf16 matrix product. GB/s counts the packed weights of
 the experts that the rows chose, once each; TFLOP/s counts 6 R K H I operations. Between runs of few rows a buffer larger
 than any cache is overwritten. On a GPU each measurement is one replay of a CUDA graph where the backend can be captured,
@@ -35,7 +35,7 @@ from kimi.kimi_backends import run_experts_gathered
 from kimi.kimi_experts import ExpertMatrices, run_experts
 
 Run = Callable[..., torch.Tensor]
-GATHER_BYTES = 8 * 2**30  # no rival may copy more than this
+GATHER_BYTES = 8 * 2**30  # no other backend may copy more than this
 
 
 # ---------------------------------------------------------------------------------------------------------- backends

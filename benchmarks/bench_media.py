@@ -1,7 +1,7 @@
 """How fast do a 4K photo and a minute of 1080p video become patches, and how much memory does that take?
 
-Beside this repository's image processor, in the same run and each in a process of its own, goes transformers' image
-processor of Qwen2-VL in its Pillow and numpy form (on 4.57 `Qwen2VLImageProcessor`, on 5.x
+Compared with this repository's image processor, in the same run and each in a process of its own, is transformers'
+image processor of Qwen2-VL in its Pillow and numpy form (on 4.57 `Qwen2VLImageProcessor`, on 5.x
 `Qwen2VLImageProcessorPil`), told to keep about as many pixels. Both read the same files. The video is sampled at the
 same 120 frames, and both read them through the same decoder; Qwen's gets them as a list of frames, as its callers
 hand them over. It writes every image twice, since its patches span two frames, so patches are compared by the pixels
@@ -121,7 +121,7 @@ def status_mb(field: str) -> float:
 
 
 def work(way: str, case: str, path: str, decoder: str) -> None:
-    """In a process of its own: one call under the eye of the memory, then one under that of the clock."""
+    """In a process of its own: one call to measure memory, then one to measure time."""
     run = (kimi_way if way == "kimi" else qwen_way)(case, path, decoder)
     before = status_mb("VmRSS")
     num_pixels, output_bytes = run()
@@ -135,7 +135,7 @@ def work(way: str, case: str, path: str, decoder: str) -> None:
 
 
 def measure(case: str, path: Path, decoder: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Medians for both ways, which take turns, so that a slow minute of the machine hits both."""
+    """Medians for both, measured alternately, so that a slow minute of the machine affects both."""
     rounds: dict[str, list[dict[str, float]]] = {"kimi": [], "qwen": []}
     for _ in range(repeats):
         for way, results in rounds.items():

@@ -7,7 +7,7 @@ repeats, and how much longer a byte of the last size takes than one of the first
 
     python benchmarks/bench_output.py [--megabytes 1 10] [--repeats 3] [--ids]
 
-`--ids` trains a small vocabulary first and adds the way through ids, for the smallest size.
+`--ids` trains a small vocabulary first and adds parsing from ids, for the smallest size.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from kimi.tokenization_kimi import TikTokenTokenizer
 from scripts.tiny_vocabulary import SAMPLE, write_tiny_tiktoken
 
 CALL = f'{CALL_BEGIN}functions.get_weather:0{ARGUMENT_BEGIN}{{"city": "Beijing"}}{CALL_END}'
-# Kind of text -> what stands in front of it, what is repeated, what follows.
+# Kind of text -> what precedes it, what is repeated, what follows.
 KINDS = {
     "prose": ("", SAMPLE, THINK_END + CALL + STOP),
     "half markers": (f"{THINK_END}{CALL_BEGIN}f:0{ARGUMENT_BEGIN}", "<|tool_call_en", CALL_END + STOP),

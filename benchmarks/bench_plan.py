@@ -1,4 +1,4 @@
-"""How long does the planner think, and about how many ways to place the model?
+"""How long does planning take, and how many placements does it search?
 
 Plans the published model for machines on which it fits and on which it does not (then the planner also looks for the
 least that is missing and for what would do instead), and prints the median processor time and the number of searches.
@@ -24,7 +24,7 @@ MACHINES = ["8xH200", "7xH100", "1x24GB", "16x24GB", "4xH100,4xA100-40", "64x24G
 
 
 def measure(config: KimiK25Config, gpus: str, ram_bytes: int) -> tuple[float, int, bool]:
-    """Seconds of processor time with nothing remembered, searches, and whether it fits."""
+    """Seconds of processor time with empty caches, searches, and whether it fits."""
     _place.cache_clear()
     _gains.cache_clear()
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""Experts from disk: what a cache of a given size is worth, and which policy should fill it.
+"""Experts from disk: the speed at a given cache size, and which policy should fill the cache.
 
     python benchmarks/bench_pool.py --make /scratch/real_width           # 36 GB: published sizes, 4 layers, 384 experts
     python benchmarks/bench_pool.py /scratch/real_width --sizes 600MB 2GB 4GB 6GB --plot docs/pool.png
@@ -219,7 +219,7 @@ def simulate(trace: list[tuple[int, list[int]]], capacity: int, half_life: float
 
 
 def simulate_optimal(trace: list[tuple[int, list[int]]], capacity: int) -> float:
-    """Belady's: what goes is needed last. No policy that must guess does better."""
+    """Belady's: evicts what is needed last. No policy that cannot see the future does better."""
     times = defaultdict(list)
     for time_, (layer, experts) in enumerate(trace):
         for expert in experts:
@@ -278,7 +278,7 @@ def measure_readers(folder: str, number: int) -> None:
             drop_from_page_cache(folder)
             fresh = SlotCache(files, number, layout, Worth(kimi_pool.HALF_LIFE, 1), readers=readers)
             for stack in fresh.stacks.values():
-                stack.zero_()  # touches the pages, which is not what is measured
+                stack.zero_()  # page faults happen here, outside the measurement
             before, start = files.bytes_read, time.perf_counter()
             for key, entry in [(key, fresh.claim(key)) for key in keys]:
                 assert entry is not None  # there is a slot for each

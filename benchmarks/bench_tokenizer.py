@@ -1,12 +1,12 @@
 """How much of tiktoken's speed is left when a text goes through the tokenizer, with and without keywords?
 
 Encodes the same text, with the same vocabulary, by plain `tiktoken.Encoding.encode(allowed_special="all")` and by the
-tokenizer's ways, in turns within one run, and prints medians and the ratio to plain tiktoken. Texts: mixed code, Chinese
-and markers; a page of HTML, where `<` starts many things that are no markers; many short texts in one batch.
+tokenizer's methods, alternately within one run, and prints medians and the ratio to plain tiktoken. Texts: mixed code,
+Chinese and markers; a page of HTML, where `<` starts many things that are no markers; many short texts in one batch.
 
     python benchmarks/bench_tokenizer.py [--vocab tiktoken.model] [--megabytes 4] [--repeats 7]
 
-Without `--vocab` a small vocabulary is trained on the spot.
+Without `--vocab` a small vocabulary is trained first.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def html_text(size_bytes: int) -> str:
 
 
 def medians(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds per call. The ways take turns, so that a slow minute of the machine hits all of them."""
+    """Seconds per call. Measured alternately, so that a slow minute of the machine affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():

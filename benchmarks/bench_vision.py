@@ -5,8 +5,8 @@ Two questions, on random weights of the real width (1152; 27 blocks, or fewer wi
 forward     This tower against `Kimi_K25VisionModel` of transformers 5.x with the same weights, on one 1024 x 1024 image
             (74 x 74 patches) unless --grid says otherwise. The native tower keeps q, k and v apart and rotates halves of a
             head where the checkpoint's layout rotates neighbours, so rows of q and k are reordered when the weights are
-            copied; the largest difference of the outputs is printed. Both use SDPA. They take turns, so that a slow
-            minute of the machine hits both. Needs transformers 5.x.
+            copied; the largest difference of the outputs is printed. Both use SDPA and are measured
+            alternately, so that a slow minute of the machine affects both. Needs transformers 5.x.
 segments    SDPA once per run of items of equal length, as the tower does it, against once per item and against one call
             with a block mask, for one image, eight small ones and the ten chunks of a video. Attention alone.
 
@@ -80,12 +80,8 @@ def native_weights(weights: dict[str, Tensor], num_heads: int) -> dict[str, Tens
         "wo.": "attn.proj.",
         "pos_emb.weight": "pos_emb.position_embeddings",
     }
-    renames |= {
-        "norm1.": "norm2.",
-        "norm0.": "norm1.",
-        "fc1.": "fc2.",
-        "fc0.": "fc1.",
-    }  # the later before the earlier
+    # The later before the earlier: fc0 becomes fc1 only once fc1 has become fc2.
+    renames |= {"norm1.": "norm2.", "norm0.": "norm1.", "fc1.": "fc2.", "fc0.": "fc1."}
     native = {}
     for name, weight in weights.items():
         for old, new in renames.items():
@@ -100,7 +96,7 @@ def native_weights(weights: dict[str, Tensor], num_heads: int) -> dict[str, Tens
 
 
 def halves_first(rows: Tensor, num_heads: int) -> Tensor:
-    """In each head: rows 0, 2, 4, ... and then 1, 3, 5, ..., so that neighbours come to stand half a head apart."""
+    """In each head: rows 0, 2, 4, ... and then 1, 3, 5, ..., so that neighbours are half a head apart."""
     pairs = rows.unflatten(0, (num_heads, -1, 2))  # (H, hd/2, 2, ...)
     return pairs.transpose(1, 2).flatten(0, 2)
 

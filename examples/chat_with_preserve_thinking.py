@@ -17,7 +17,7 @@ def chat_with_preserve_thinking(client: openai.OpenAI, model_name: str) -> str:
     response = client.chat.completions.create(
         model=model_name, messages=messages, stream=False, max_tokens=4096
     )
-    # The answer should be 215 and 222, which stand in the reasoning only.
+    # The answer should be 215 and 222, which are in the reasoning only.
     print("===== Below is reasoning =====")
     print(response.choices[0].message.reasoning)
     print("===== Below is the response =====")

@@ -1,4 +1,4 @@
-"""What the examples show the model: a picture and a clip, drawn on the spot. Needs Pillow, and PyAV to encode the clip."""
+"""What the examples show the model: a picture and a clip. Needs Pillow, and PyAV to encode the clip."""
 
 import io
 

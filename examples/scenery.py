@@ -1,4 +1,4 @@
-"""A sun that goes over a field: something to look at for the notebook, drawn and encoded on the spot."""
+"""A sun that moves over a field: test pictures for the notebook, drawn and encoded when they are needed."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ FPS = 24
 
 
 def draw_scene(width: int, height: int, progress: float = 0.3) -> Image.Image:
-    """A sun that goes from left to right over a field, drawn where `progress` (0 to 1) says."""
+    """A sun that moves from left to right over a field, drawn where `progress` (0 to 1) says."""
     image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
     sky = Image.new("RGB", (width, height), (70, 130, 210))
     image = Image.blend(sky, image, 0.35)

@@ -1,10 +1,10 @@
-"""Several conversations go on from one long history, and each turn pays only for the tokens that are new in it.
+"""Several conversations continue from one long history, and each turn computes only the tokens that are new in it.
 
     python examples/shared_history.py [--max-new-tokens 24] [--folder CHECKPOINT]
 
 A history of 20 messages is read once. Its cache is the prefix of whatever follows, because earlier turns render to the
-same tokens again, thinking included. So each turn looks for the longest common beginning of the tokens in the cache and
-of the new prompt, cuts the cache there (`crop`), and hands both to `generate`, which forwards the rest.
+same tokens again, thinking included. So each turn finds the longest common prefix of the tokens in the cache and of
+the new prompt, cuts the cache there (`crop`), and hands both to `generate`, which forwards the rest.
 
 Each question here is asked on a copy of the history's cache: a branch. Copies are cheap where the cache is the latent
 (576 values per token and layer), and branches do not see each other. One branch is then told that an earlier question
@@ -60,11 +60,11 @@ class Turn(NamedTuple):
     @property
     def num_total(self) -> int:
         """What would have gone through the model without a cache of earlier turns."""
-        return self.num_prompt + self.num_new - 1  # the last token is not read any more
+        return self.num_prompt + self.num_new - 1  # the last token is not computed
 
 
 class Conversation:
-    """Messages, the cache of what the model has read of them, and the tokens that lie in it."""
+    """Messages, the cache of what the model has read of them, and the tokens in it."""
 
     def __init__(self, model: Any, tokenizer: Any, messages: list[dict[str, Any]]):
         self.model, self.tokenizer, self.messages = model, tokenizer, list(messages)
@@ -125,9 +125,8 @@ class Conversation:
         differ = (self.cached_ids[:length] != ids[:length]).nonzero()
         keep = int(differ[0]) if len(differ) else length
         if keep < len(self.cached_ids):
-            self.cache.crop(
-                keep - len(self.cached_ids)
-            )  # a negative number removes that many, on 4.57 and 5.x
+            # A negative number removes that many, on 4.57 and 5.x.
+            self.cache.crop(keep - len(self.cached_ids))
             self.cached_ids = self.cached_ids[:keep]
 
 

@@ -1,4 +1,4 @@
-"""The model card's first example: a question in text, and the reasoning beside the answer."""
+"""The model card's first example: a question in text, and the reasoning as well as the answer."""
 
 import openai
 

@@ -240,9 +240,8 @@ def plan_changes(folder: Path, links: bool, manifest: dict[str, "Entry"]) -> lis
         changes.append(Change(source.name, before, before if same_file or same_bytes else after, content))
     ours = {change.name for change in changes}
     for name, entry in manifest.items():
-        if (
-            name not in ours and name not in MERGES
-        ):  # an earlier version had this file: what was there before it comes back
+        # An earlier version had this file: what was there before it comes back.
+        if name not in ours and name not in MERGES:
             content = b"" if entry.before.kind != "file" else (folder / BACKUP / name).read_bytes()
             changes.append(Change(name, state_of(folder / name), entry.before, content))
     return changes

@@ -85,9 +85,8 @@ def golden_model(attn_implementation: str = "eager", **text: object) -> KimiK25F
     vision = {**SMALL_VISION, "text_hidden_size": text["hidden_size"]}
     config = KimiK25Config(text_config=text, vision_config=vision, media_placeholder_token_id=47)
     config._attn_implementation = attn_implementation
-    config.media_placeholder_token_id = (
-        -1
-    )  # no id: all 48 of the toy are text, in prompts and in what it generates
+    # No id: all 48 of the toy are text, in prompts and in what it generates.
+    config.media_placeholder_token_id = -1
     model = KimiK25ForConditionalGeneration(config).float().eval()
     weights = {
         name: lcg_tensor(name.removeprefix("language_model."), tensor.shape)

@@ -67,9 +67,8 @@ def index_of(frame: object) -> int:
 def turn_upright(path: Path) -> None:
     """Sets the display matrix of an MP4 to a quarter turn clockwise, as phones do for upright videos."""
     data = bytearray(path.read_bytes())
-    header = data.find(
-        b"tkhd"
-    )  # version 0: 4 version and flags, 20 times and ids, 16 layer and volume, then the matrix
+    # Version 0: 4 version and flags, 20 times and ids, 16 layer and volume, then the matrix.
+    header = data.find(b"tkhd")
     start = header + 4 + 4 + 20 + 16
     matrix = (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
     data[start : start + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in matrix)

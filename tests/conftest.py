@@ -1,4 +1,4 @@
-"""Places that the tests share, and what makes a run of them the same on every machine.
+"""What the tests share, and settings that make a run the same on every machine.
 
 The repository itself is the package `kimi` (see kimi.py).
 """
@@ -25,7 +25,7 @@ FOREIGN = re.compile(
 TERMINAL = ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")
 for name in filter(FOREIGN.fullmatch, list(os.environ)):
     del os.environ[name]
-# Few threads, which do not spin while they wait: spinning made a test 19 times as long beside one busy process.
+# Few threads, which do not spin while they wait: spinning made a test take 19 times as long with one other busy process.
 os.environ.setdefault("OMP_NUM_THREADS", str(max(2, min(4, os.cpu_count() or 2))))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Code that transformers copies from a folder, and what our code compiles, is this run's own.

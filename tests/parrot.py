@@ -64,7 +64,7 @@ class Prompter(LogitsProcessor):
     def __call__(self, input_ids, scores):
         Prompter.num_steps += 1
         time.sleep(self.wait_s)
-        assert not self.gated or self.gate.wait(HANG_S), "nobody opened the gate"
+        assert not self.gated or self.gate.wait(HANG_S), "the gate was never opened"
         forced = self.ids[min(input_ids.shape[1] - self.prompt_length, len(self.ids) - 1)]
         scores = torch.full_like(scores, -torch.inf)
         scores[:, forced] = 0.0

@@ -1,4 +1,4 @@
-"""scripts.adopt: this repository's code beside weights with other code, and back; nothing else is touched."""
+"""scripts.adopt: this repository's code put beside weights that came with other code, and back; nothing else changes."""
 
 import hashlib
 import json

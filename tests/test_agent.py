@@ -267,11 +267,8 @@ def test_the_response_template_agrees_where_it_can(tokenizer):
         well_formed = all(is_json_object(text) for text in arguments) and "unparsed_tool_calls" not in ours
         raw = entry["raw"].split("<|im_end|>")[0]
         plain = well_formed and not raw.startswith("<think>") and raw.count("</think>") <= 1
-        gaps = (
-            "|>\n<|",
-            "|> <|",
-            "<|tool_call_argument_begin|><|tool_call_end|>",
-        )  # the last: "" there, {} here
+        # Of the last: "" there, {} here.
+        gaps = ("|>\n<|", "|> <|", "<|tool_call_argument_begin|><|tool_call_end|>")
         blanks = any(gap in raw for gap in gaps)
         if not plain or blanks or "<think>" in raw or ours.get("implicit_reasoning_end"):
             continue

@@ -233,9 +233,8 @@ def test_compiled_prefill_is_sdpa(limit, cached, monkeypatch):
     groups = 4 if limit == 1 else 1
     assert len(calls) == groups * (2 if cached else 1)
     seen = outputs[1].float()
-    if (
-        cached
-    ):  # what the hidden tokens themselves give does not matter, and SDPA's rows that see nothing differ
+    # What the hidden tokens themselves give does not matter, and SDPA's rows that see nothing differ.
+    if cached:
         assert torch.isfinite(outputs[0]).all()
     assert_close(
         outputs[0].float() / seen.abs().max(), seen / seen.abs().max(), 0.03, "bf16, other roundings"

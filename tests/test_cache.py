@@ -100,7 +100,7 @@ def test_rows_move_and_go_on(model, change):
     assert_close(feed(model, cache, rows[:, 20:], [1, 2]), want, 1e-5, "fp32")
 
 
-def test_a_copy_goes_its_own_way(model):
+def test_a_copy_is_independent(model):
     cache = new_cache(model.config.text_config)
     feed(model, cache, IDS[:, :20], [])
     branch = copy.deepcopy(cache)

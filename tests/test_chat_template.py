@@ -358,7 +358,7 @@ def test_batches(tokenizer):
     assert out.input_ids[0, 0] == tokenizer.pad_token_id
 
 
-def test_result_types_are_the_same_on_both_majors(tokenizer):
+def test_result_types_are_the_same_on_both_major_versions(tokenizer):
     text = tokenizer.apply_chat_template([user()])
     ids = tokenizer.apply_chat_template([user()], tokenize=True)
     assert isinstance(ids, list) and tokenizer.decode(ids) == text and ids == tokenizer.encode(text)
@@ -450,7 +450,7 @@ def test_untrusted_text_opens_nothing(tokenizer):
 
 
 @named([entry for entry in GOLDEN if "<think>" not in json.dumps(entry["messages"])])
-def test_honest_text_has_the_same_ids_either_way(tokenizer, entry):
+def test_text_without_markers_has_the_same_ids_either_way(tokenizer, entry):
     def ids(**options):
         return tokenizer.apply_chat_template(
             entry["messages"], tools=entry["tools"], tokenize=True, **options, **entry["kwargs"]

@@ -1,4 +1,4 @@
-"""Weights from disk to the model and back: every byte, every name, and every way in which a folder can be wrong."""
+"""Weights from disk to the model and back: every byte, every name, and every fault that a folder can have."""
 
 import itertools
 import json
@@ -74,7 +74,7 @@ def test_what_is_loaded_is_what_is_written(folder):
     assert model.generation_config.eos_token_id == [497, 496] and model.generation_config.do_sample
 
 
-def test_a_model_loaded_without_further_words_is_causal(folder):
+def test_a_model_loaded_without_options_is_causal(folder):
     """Every way to choose the attention reaches all parts: transformers itself decides for the top config only."""
     # In fp32: how many rows an expert gets depends on the last token, and the order of its sums on the rows.
     # In bf16 another rounding may swap two experts that tie.

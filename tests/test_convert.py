@@ -152,7 +152,7 @@ def test_checksums_are_those_of_the_files(source, tmp_path):
         assert hashlib.sha256((tmp_path / "dense" / name).read_bytes()).hexdigest() == digest
 
 
-def test_a_disk_that_lies_is_noticed(source, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_returns_other_bytes_is_noticed(source, tmp_path, monkeypatch, capsys):
     real, flipped = convert.File.read, []
 
     def flips(file, ranges):

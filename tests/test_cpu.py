@@ -314,7 +314,7 @@ def test_absorbed_attention(batch, new, cached, padded, sizes, seed):
 
 @compiled
 def test_absorbed_attention_reads_nothing_behind_the_last_key():
-    """What lies there may be anything; 9,000 keys are several of the longest blocks."""
+    """The values there may be anything; 9,000 keys are several of the longest blocks."""
     generator = torch.Generator().manual_seed(0)
     for total in (1, 31, 33, 130, 9000):
         latent = torch.full((1, 1, total + 40, 128), float("nan")).bfloat16()
@@ -343,7 +343,7 @@ has_prefill = pytest.mark.skipif(
 
 
 def prefill_inputs(batch, heads, new, total, dims, seed):
-    """q_nope and q_pe, kv and k_pe with the strides they have in the model: heads lie within a token."""
+    """q_nope and q_pe, kv and k_pe with the strides they have in the model: the heads of a token are adjacent."""
     nope, rope, value = dims
     generator = torch.Generator().manual_seed(seed)
 

@@ -73,7 +73,7 @@ def test_names_that_registries_look_up(config_file):
 
 
 @pytest.mark.parametrize("folder", [ROOT, TINY], ids=["published", "kimi-tiny"])
-def test_doors_of_processors_and_tokenizer(folder):
+def test_entry_points_of_processors_and_tokenizer(folder):
     preprocessor = read("preprocessor_config.json", folder)
     assert {"AutoProcessor", "AutoImageProcessor"} <= preprocessor["auto_map"].keys()
     slow, fast = read("tokenizer_config.json", folder)["auto_map"]["AutoTokenizer"]
@@ -416,7 +416,7 @@ def test_tensorrt_llm_reads_the_text_config(config_file, processor, tokenizer):
 
 
 def test_vllm_loads_the_image_processor_alone():
-    """The first door of E-2, with no tokenizer about."""
+    """The first entry point of E-2, without a tokenizer."""
     image_processor = AutoImageProcessor.from_pretrained(TINY, trust_remote_code=True)
     assert image_processor.num_frames_per_chunk == 4
     big = {"type": "image", "image": Image.new("RGB", (3000, 3000)), "uuid": "1", "prompt": ""}
@@ -435,7 +435,7 @@ def test_megatron_bridge_reads_attributes():
 
 
 def test_raw_readers_find_prefix_and_dtypes(names, tensors):
-    """KTransformers and Tenstorrent read the folder as it lies: index, prefix, int32 words and shapes, bf16 scales."""
+    """KTransformers and Tenstorrent read the folder directly: index, prefix, int32 words and shapes, bf16 scales."""
     experts = [name for name in names if EXPERT.search(name)]
     assert experts and all(name.startswith("language_model.model.") for name in experts)
     kinds = {"packed": torch.int32, "scale": torch.bfloat16, "shape": torch.int32}

@@ -138,7 +138,7 @@ def test_what_is_in_the_page_cache_is_read_from_there(path, monkeypatch):
         assert (File(path).direct is not None) == direct
 
 
-def test_a_file_system_that_takes_it_back_while_reading(path, data, monkeypatch):
+def test_a_file_system_that_refuses_direct_reads_later(path, data, monkeypatch):
     file, real = File(path, direct=True), kimi_files.read_exactly
     if file.direct is None:
         file.direct = open(path, "rb", buffering=0)  # noqa: SIM115
@@ -203,7 +203,7 @@ def test_a_full_disk_is_named(tmp_path, data, monkeypatch):
         file.write(data)
 
 
-def test_a_file_system_that_takes_it_back_while_writing(tmp_path, data, monkeypatch):
+def test_a_file_system_that_refuses_direct_writes_later(tmp_path, data, monkeypatch):
     monkeypatch.setattr(kimi_files, "DIRECT_FROM", 0)
     real, refused = os.pwrite, []
 
@@ -215,7 +215,7 @@ def test_a_file_system_that_takes_it_back_while_writing(tmp_path, data, monkeypa
 
     monkeypatch.setattr(os, "pwrite", refuse)
     with ShardWriter(tmp_path / "new", SIZE) as file:
-        file.flags = file.flags or os.O_SYNC  # where nothing can be opened so
+        file.flags = file.flags or os.O_SYNC  # where no file can be opened with O_DIRECT
         file.write(data)
     assert refused and (tmp_path / "new").read_bytes() == data
 

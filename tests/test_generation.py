@@ -1,4 +1,4 @@
-"""Every way in which people call generate(): the same tokens wherever the same are due."""
+"""Every way in which people call generate(): the same tokens wherever they must be equal."""
 
 import pytest
 import torch
@@ -149,7 +149,7 @@ def test_max_length_of_the_generation_config(model):
         config.max_length = before
 
 
-def test_a_shared_history_is_paid_for_once(model, greedy):
+def test_a_shared_history_is_computed_once(model, greedy):
     """The cache of one call goes into the next; only new tokens are computed."""
     seen = []
     hook = model.language_model.model.norm.register_forward_hook(lambda m, a, out: seen.append(out.shape[1]))
@@ -199,7 +199,7 @@ def test_a_left_padded_batch_with_an_image_equals_each_row_alone():
 
 @pytest.mark.parametrize("mode", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_beams_and_several_answers_see_the_pictures_of_their_row(mode):
-    """transformers alone would repeat rows of patches, and mix the pictures up without a word."""
+    """transformers alone would repeat rows of patches, and mix the pictures up silently."""
     config = small_config(packed=False)
     torch.manual_seed(0)
     model = Kimi(config).eval()

@@ -509,7 +509,7 @@ def test_a_truncated_file_fails_the_call_when_it_is_decoded(processor, tmp_path)
         processor.preprocess([image(30), path])
 
 
-def test_keywords_that_mean_nothing_are_refused(processor):
+def test_unknown_keywords_are_refused(processor):
     with pytest.raises(ValueError, match=r"preprocess\(\) does not know \['do_resize'\]"):
         processor.preprocess([image(30)], do_resize=False)
     with pytest.raises(ValueError, match=r"return_tensors must be None, 'pt' or 'np', not 'tf'"):

@@ -6,6 +6,7 @@ do not (`# noqa: F401`), which name every file for transformers' loader and use 
 
 import ast
 import subprocess
+import tokenize
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 
@@ -41,6 +42,8 @@ KERNELS = ("kimi_cpu", "kimi_cpu_source", "kimi_attention_triton", "kimi_int4_tr
 MOST_LINES = {"modeling_kimi.py": 900}
 MOST_ROOT_ENTRIES = 57  # 37 of them are what transformers' loader wants flat, code and configs
 MOST_STATEMENT_LINES = 60
+LINE_LENGTH = 110  # of pyproject.toml
+PRAGMAS = ("# fmt:", "# noqa", "# type:")
 
 
 def imports_of(path):
@@ -188,6 +191,42 @@ def test_functions_fit_a_screen():
 @pytest.mark.parametrize("name", sorted(MOST_LINES))
 def test_a_file_to_be_read_at_one_sitting_stays_short(name):
     assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MOST_LINES[name]
+
+
+def split_by_a_comment(path):
+    """Lines that open a bracket around one line that would fit into the same line: the formatter made three lines of one
+    because of a comment at the end."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    tokens = list(tokenize.generate_tokens(iter(lines).__next__))
+    comments = {token.start[0]: token for token in tokens if token.type == tokenize.COMMENT}
+    comments = {line: token for line, token in comments.items() if not token.string.startswith(PRAGMAS)}
+
+    def code(number):
+        comment = comments.get(number)
+        return lines[number - 1][: comment.start[1] if comment else None].rstrip()
+
+    opened = []
+    for token in tokens:
+        if token.type == tokenize.OP and token.string in "([{":
+            opened.append(token.start[0])
+        elif token.type == tokenize.OP and token.string in ")]}":
+            first, last = opened.pop(), token.start[0]
+            if last != first + 2 or not comments.keys() & {first + 1, last}:
+                continue
+            begin, inside, end = code(first), code(first + 1).strip(), code(last).strip()
+            joined = begin + inside + end
+            if inside and inside[-1] != "," and end.startswith(token.string) and len(joined) <= LINE_LENGTH:
+                yield first
+
+
+def test_no_comment_splits_the_line_that_it_is_about():
+    """A long comment is on a line of its own, above; at the end the formatter breaks the code instead."""
+    assert not [
+        f"{name}:{line}"
+        for name in tracked("*.py")
+        if not name.startswith("kimi-tiny/")
+        for line in split_by_a_comment(ROOT / name)
+    ]
 
 
 def test_the_root_can_be_looked_over():

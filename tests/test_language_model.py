@@ -210,9 +210,8 @@ def test_agrees_with_deepseek_v3_of_transformers():
     weights = {
         k.removeprefix("language_model."): v for k, v in ours.state_dict().items() if "language_model" in k
     }
-    if not any(
-        name.endswith("experts.0.gate_proj.weight") for name in theirs.state_dict()
-    ):  # 5.x stacks them
+    # 5.x stacks them.
+    if not any(name.endswith("experts.0.gate_proj.weight") for name in theirs.state_dict()):
         weights = stacked_as_in_5(weights)
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not missing and not unexpected

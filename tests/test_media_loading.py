@@ -519,7 +519,7 @@ def test_narrow_frames_are_the_same_from_both_decoders(tmp_path, width):
     path = write_clip(tmp_path / "narrow.avi", num_frames=6, size=(width, 30), codec="ffv1")
     by_decord, by_pyav = (np.asarray(open_video(path, decoder=name).read(5)) for name in ("decord", "pyav"))
     assert by_decord.shape == by_pyav.shape == (30, width, 3)
-    # Each brings an FFmpeg of its own, which may round colours apart.
+    # Each has its own FFmpeg, and they may round colours differently.
     assert np.abs(by_decord.astype(int) - by_pyav).max() <= 2
 
 
@@ -597,7 +597,7 @@ class Watched:
 
 @pytest.mark.skipif("decord" not in DECODERS, reason="decord has no wheel for this platform")
 def test_a_slow_reader_of_decord_does_not_fill_the_memory(clip):
-    """decord decodes on while nobody reads, unless it is at rest."""
+    """decord decodes ahead while nothing is read, until its thread is stopped."""
     video = open_video(clip, decoder="decord")
     video.reader = watched = Watched(video.reader)
     frames = ChunkFrames(video, [1, 20, 39, 59])

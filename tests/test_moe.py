@@ -215,7 +215,7 @@ def test_gradients_flow_through_frozen_packed_experts():
 # ------------------------------------------------------------------------------------------------------- state dict
 
 
-def test_state_dict_speaks_the_published_names_and_loads_back():
+def test_state_dict_has_the_published_names_and_loads_back():
     first, second = filled(MoE(moe_config()), 0), filled(MoE(moe_config()), 1)
     state = first.state_dict()
     assert {"experts.7.down_proj.weight_packed", "experts.0.gate_proj.weight_scale"} <= state.keys()

@@ -1,4 +1,4 @@
-"""The planner: its sums against the model itself, golden machines with the sums by hand, and laws that always hold."""
+"""The planner: its sums against the model itself, golden machines with the sums by hand, and invariants."""
 
 import inspect
 import json
@@ -157,9 +157,8 @@ def test_a_forward_pass_stays_within_the_workspace(batch, context, chunk, monkey
     def read(tokens: int) -> None:
         model(torch.randint(0, 60, (batch, tokens)), past_key_values=cache, logits_to_keep=1)
 
-    with (
-        torch.inference_mode()
-    ):  # the first read leaves room for an eighth more, so the last one moves no cache
+    # The first read leaves room for an eighth more, so the last one moves no cache.
+    with torch.inference_mode():
         read(past - past % 256)
         read(past % 256) if past % 256 else None
     peak, planned = peak_bytes(lambda: read(chunk)), text_workspace_bytes(config, context, batch, chunk, 2)
@@ -298,7 +297,7 @@ def test_golden_24_gb_and_128_gb_of_ram_and_nvme():
         ("8xH200", 0, None),
     ],
 )
-def test_the_notes_say_how_to_load_experts_that_lie_elsewhere(gpus, ram, words):
+def test_the_notes_say_how_to_load_experts_that_are_elsewhere(gpus, ram, words):
     notes = " ".join(plan(FULL, gpus, ram * GIB, 2 * TB, context=16_384).notes)
     assert words in notes if words else "expert_cache" not in notes
 
@@ -324,8 +323,8 @@ def test_eight_gpus_fit_if_and_only_if_eight_layers_do():
     assert not refused.fits and refused.missing_bytes == {"gpu": 8 * MIB}
 
 
-def test_nothing_need_lie_at_its_usual_end():
-    """Embeddings and head go where there is room: neither the first GPU nor the last has 2.35 GB for them."""
+def test_embeddings_and_head_go_where_they_fit():
+    """Not necessarily to the two ends: neither the first GPU nor the last has 2.35 GB for them."""
     reserve = workspace(256) + CONTEXT_BYTES
     small = Gpu("small", int((2_000_000_000 + reserve) / 0.995), 1e12)
     large = Gpu("large", int((10 * (MOE + CACHE) + 2 * TABLE + VISION + reserve) / 0.995), 1e12)
@@ -360,20 +359,20 @@ def test_planning_takes_few_searches(gpus):
     assert 1 <= count_searches(gpus, 64 * GIB) <= 50
 
 
-def test_experts_without_bytes_take_no_room():
+def test_experts_without_bytes_take_no_memory():
     layers = Chain(spine=(10, 10, 10), moe=(False, True, True), experts=0)
     assert _place(layers, (30,), (0, 0, 0)) == (Run(0, 3, 2, ("embed", "vision", "head")),)
 
 
 def test_more_ram_beside_the_same_gpus_takes_no_new_search():
-    """How the layers lie on GPUs does not depend on the RAM."""
+    """How the layers are placed on GPUs does not depend on the RAM."""
     _place.cache_clear()
     machine = Machine(parse_gpus("16x24GB"), 64 * GIB, 0)
     missing = scripts.plan._missing(machine, Job(FULL, 262_144, 2, "bfloat16"))
     assert missing["ram"] > 0 and _place.cache_info().misses <= len(OUTSIDES)
 
 
-# -------------------------------------------------------------------------------------------------------------- laws
+# -------------------------------------------------------------------------------------------------------- invariants
 
 SMALL = small_config(
     True, {"num_hidden_layers": 6, "hidden_size": 1024, "vocab_size": 8192, "moe_intermediate_size": 512}

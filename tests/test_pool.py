@@ -26,9 +26,8 @@ from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 TOP_K, EXPERTS, LAYERS = 4, 16, 2  # of the tiny checkpoint: layers 1 and 2 have experts
 GENERATOR = torch.Generator().manual_seed(0)
-FEW = torch.randint(
-    0, 500, (2, 5), generator=GENERATOR
-)  # 10 rows: the kernel that takes the words as they are
+# 10 rows: the kernel that takes the words as they are.
+FEW = torch.randint(0, 500, (2, 5), generator=GENERATOR)
 SOME = torch.randint(0, 500, (1, 40), generator=GENERATOR)  # experts with few rows and with many
 MANY = torch.randint(0, 500, (3, 200), generator=GENERATOR)
 
@@ -145,7 +144,7 @@ def test_a_copy_of_the_model_shares_the_slots(folder, resident, one):
     assert cache_of(other) is cache_of(model) and logits(other).equal(logits(resident))
 
 
-# ------------------------------------------------------------------------------------------------- device maps, doors
+# -------------------------------------------------------------------------------------------- device maps, entry points
 
 
 def test_no_parameter_exists_for_a_pooled_expert(folder, resident, one):
@@ -334,7 +333,7 @@ def file_of_expert(model, key=(1, 3)):
     return next(iter(model.expert_pool.files.parts[key].values()))[0].source.file
 
 
-def test_a_disk_error_names_file_and_expert_and_the_model_lives_on(folder, resident, one, monkeypatch):
+def test_a_disk_error_names_file_and_expert_and_the_model_stays_usable(folder, resident, one, monkeypatch):
     model = Kimi.from_pretrained(folder, expert_cache=6 * one)
     logits(model)
     real, calls = kimi_files.read_exactly, []
@@ -533,7 +532,7 @@ def test_a_short_half_life_is_recency_and_a_long_one_frequency():
         assert held(cache) == kept, half_life
 
 
-def test_old_favourites_are_forgotten():
+def test_experts_used_long_ago_lose_their_worth():
     cache = counted_cache(2, half_life=2.0)
     for expert in (1,) * 10 + (2, 3) * 10:
         use(cache, expert)
@@ -622,9 +621,8 @@ def test_two_tiers_give_the_logits_of_resident_experts(folder, resident, one, mo
     near = cache_of(model)
     layout = {name: (tuple(stack.shape[1:]), stack.dtype) for name, stack in near.stacks.items()}
     near.source = SlotCache(model.expert_pool.files, 20, layout, Worth(64.0, LAYERS))
-    two_rows = FEW[
-        :1, :2
-    ]  # 8 to 16 experts of the two layers: more than are near, and no more than the second tier has
+    # 8 to 16 experts of the two layers: more than are near, and no more than the second tier has.
+    two_rows = FEW[:1, :2]
     assert logits(model, two_rows).equal(logits(resident, two_rows))
     missed, read = near.misses, near.source.misses
     for ids in (two_rows, FEW, SOME, MANY, FEW):

@@ -105,12 +105,8 @@ def test_a_conversation_becomes_all_inputs_of_the_model(processor, clip, pad_id)
     assert isinstance(out, BatchFeature)
     assert sorted(out) == ["attention_mask", "grid_thws", "input_ids", "pixel_values"]
     assert set(out) == set(processor.model_input_names)
-    assert out["grid_thws"].tolist() == [
-        [4, 4, 6],
-        [1, 4, 6],
-        [1, 4, 6],
-        [1, 4, 8],
-    ]  # 2 chunks, image, screenshot
+    # 2 chunks, image, screenshot.
+    assert out["grid_thws"].tolist() == [[4, 4, 6], [1, 4, 6], [1, 4, 6], [1, 4, 8]]
     assert out["pixel_values"].shape == (96 + 24 + 24 + 32, 3, 14, 14)
     assert int((out["input_ids"] == pad_id).sum()) == 6 + 6 + 6 + 8
     assert out["attention_mask"].all() and out["input_ids"].dtype == torch.int64
@@ -628,7 +624,7 @@ def test_the_two_pure_functions():
         truncate([9, 9, 3], 2, "left", 9)
 
 
-# ------------------------------------------------------------------------------------------------ through the doors
+# --------------------------------------------------------------------------------------------- through the entry points
 
 
 THROUGH_THE_DOORS = """
@@ -658,7 +654,7 @@ print(json.dumps({"role": answer["role"], "tokens": inputs["input_ids"].shape[1]
 
 
 def test_auto_classes_saving_and_the_pipeline(tmp_path):
-    """In a fresh process with an empty cache, as a user meets the repository."""
+    """In a fresh process with an empty cache, as a user loads the repository."""
     folder, cache = write_tiny_checkpoint(tmp_path / "tiny"), tmp_path / "cache"
     cache.mkdir()
     shutil.copy(ROOT / "preprocessor_config.json", folder)

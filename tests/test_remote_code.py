@@ -1,4 +1,4 @@
-"""Through the real doors: `Auto*.from_pretrained(..., trust_remote_code=True)` in a fresh process with an empty cache."""
+"""The entry points by `Auto*.from_pretrained(..., trust_remote_code=True)`, in a fresh process with an empty cache."""
 
 import ast
 import json
@@ -15,9 +15,9 @@ from scripts.tiny_checkpoint import write_tiny_checkpoint
 
 HARD = {"torch", "transformers", "safetensors", "tiktoken", "accelerate", "PIL", "numpy", "huggingface_hub"}
 SOURCES = {path.stem: path for path in [*ROOT.glob("*_kimi.py"), *ROOT.glob("kimi_*.py")]}
-DOORS = sorted(name for name in SOURCES if name.endswith("_kimi"))
+ENTRY_POINTS = sorted(name for name in SOURCES if name.endswith("_kimi"))
 
-USE_EVERY_DOOR = """
+USE_EVERY_ENTRY_POINT = """
 import sys, json, torch, transformers
 from transformers import AutoConfig, AutoTokenizer
 folder = sys.argv[1]
@@ -27,15 +27,15 @@ assert getattr(config, "quantization_config", None) is None
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello!"}], return_tensors="pt", return_dict=True)
 answers = {}
-for door in ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
-    auto = getattr(transformers, door, None)
+for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+    auto = getattr(transformers, name, None)
     if auto is None:
-        assert transformers.__version__.startswith("4.") and door == "AutoModelForMultimodalLM", door
+        assert transformers.__version__.startswith("4.") and name == "AutoModelForMultimodalLM", name
         continue
     model, info = auto.from_pretrained(folder, trust_remote_code=True, device_map="auto", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert model.dtype == torch.bfloat16 and type(model).__name__ == "KimiK25ForConditionalGeneration"
-    answers[door] = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0].tolist()
+    answers[name] = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0].tolist()
 assert len(set(map(tuple, answers.values()))) == 1, answers
 with torch.no_grad():
     logits = model(**prompt).logits
@@ -62,19 +62,19 @@ def folder(tmp_path_factory):
     return write_tiny_checkpoint(tmp_path_factory.mktemp("remote") / "tiny")
 
 
-def test_every_door_from_a_folder_and_again_from_what_it_saved(folder, tmp_path):
+def test_every_entry_point_from_a_folder_and_again_from_what_it_saved(folder, tmp_path):
     caches = [tmp_path / name for name in ("cache", "other_cache")]
     for cache in caches:
         cache.mkdir()
-    first = fresh_process(USE_EVERY_DOOR, folder, tmp_path / "saved", cache=caches[0])
-    second = fresh_process(USE_EVERY_DOOR, tmp_path / "saved", cache=caches[1])
+    first = fresh_process(USE_EVERY_ENTRY_POINT, folder, tmp_path / "saved", cache=caches[0])
+    second = fresh_process(USE_EVERY_ENTRY_POINT, tmp_path / "saved", cache=caches[1])
     assert first == second
     saved = {path.name for path in (tmp_path / "saved").iterdir()}
-    closure = {f"{name}.py" for door in DOORS for name in reachable(door)} & {
+    closure = {f"{name}.py" for entry in ENTRY_POINTS for name in reachable(entry)} & {
         p.name for p in folder.iterdir()
     }
     used = {"modeling_kimi", "tokenization_kimi", "configuration_kimi"}
-    needed = {f"{name}.py" for door in used for name in reachable(door)}
+    needed = {f"{name}.py" for entry in used for name in reachable(entry)}
     assert needed <= saved and needed <= closure
     assert {"tiktoken.model", "chat_template.jinja", "tokenizer_config.json", "config.json"} <= saved
     config = json.loads((tmp_path / "saved" / "config.json").read_bytes())
@@ -98,10 +98,10 @@ def reachable(name, seen=None):
     return seen
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_a_door_names_its_whole_closure(door):
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_an_entry_point_names_its_whole_closure(entry):
     """4.57 copies from a local folder only what the entry file names itself."""
-    assert siblings_named_in(door) == reachable(door) - {door}
+    assert siblings_named_in(entry) == reachable(entry) - {entry}
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -160,7 +160,7 @@ def test_config_json_is_complete_and_unchanged_by_the_config_class(folder):
 
 
 def files_of_the_repository(*suffixes):
-    """Without what else may lie in a checkout: environments, caches."""
+    """Without what else may be in a checkout: environments, caches."""
     for path in ROOT.rglob("*"):
         folders = path.relative_to(ROOT).parts[:-1]
         foreign = any(name.startswith((".", "__")) or "venv" in name for name in folders)

@@ -28,10 +28,10 @@ def stream_of(tensors):
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def test_headers_that_lie(tmp_path):
+def test_headers_that_contradict_the_file(tmp_path):
     def header(entry):
         text = json.dumps({"a": entry}).encode()
-        path = tmp_path / "lie.safetensors"
+        path = tmp_path / "wrong.safetensors"
         path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
         return str(path)
 
@@ -41,9 +41,9 @@ def test_headers_that_lie(tmp_path):
         read_header(header({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}))
     with pytest.raises(ValueError, match="dtype F8_E4M3, which this model does not use"):
         read_header(header({"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}))
-    (tmp_path / "lie.safetensors").write_bytes(b"\x05" + bytes(7) + b"hello")
+    (tmp_path / "wrong.safetensors").write_bytes(b"\x05" + bytes(7) + b"hello")
     with pytest.raises(OSError, match="header is not JSON"):
-        read_header(str(tmp_path / "lie.safetensors"))
+        read_header(str(tmp_path / "wrong.safetensors"))
 
 
 def test_a_tensor_in_two_shards_and_pickled_weights_are_refused(tmp_path):

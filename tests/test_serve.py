@@ -1,7 +1,8 @@
-"""The endpoint through its real door: uvicorn on a loopback port, the openai client, and raw HTTP where no client would go.
+"""The endpoint as it is served: uvicorn on a loopback port, the openai client, and raw HTTP where no client would go.
 
-The model is a parrot (parrot.py): all of it is computed, only its choice of tokens is forced, so every answer has one
-right text. Where the choice itself is in question (seed, greedy) it is not forced, and `model.generate` is the judge.
+The model is the scripted one of parrot.py: all of it is computed, only its choice of tokens is forced, so every answer
+has one right text. Where the choice itself is in question (seed, greedy) it is not forced, and `model.generate` is the
+judge.
 """
 
 import asyncio

@@ -54,7 +54,7 @@ def test_the_history_has_twenty_messages_of_both_sides():
     assert roles == ["system", *["user", "assistant"] * 10]
 
 
-def test_a_turn_pays_for_its_new_tokens(history):
+def test_a_turn_computes_its_new_tokens(history):
     length = len(history.cached_ids)
     turn = history.ask(example.QUESTIONS[0], **GREEDY)
     assert turn.num_prompt > length and turn.num_new == NEW
@@ -63,7 +63,7 @@ def test_a_turn_pays_for_its_new_tokens(history):
     assert history.cached_ids.equal(answered_without_a_cache(history, turn)[:-1])
     cached = len(history.cached_ids)
     assert history.cache.get_seq_length() == cached == turn.num_total
-    # A random answer may render to other tokens than were generated; what it has in common is not paid for again.
+    # A random answer may render to other tokens than were generated; the common prefix is not computed again.
     second = history.ask(example.FOLLOW_UP, **GREEDY)
     assert second.num_computed <= second.num_total - turn.num_prompt
     assert history.cached_ids.equal(answered_without_a_cache(history, second)[:-1])

@@ -126,7 +126,7 @@ def test_two_calls_and_one_that_breaks_off(tokenizer):
     assert len(text.splitlines()[-1]) < 300
 
 
-# What a model writes is not obeyed
+# Control characters in a completion have no effect
 
 
 ATTACK = "\x1b[2J\x1b]0;title\x07\x9b31m\r\x08\x7f\u202e\u2066\u2028\x00"
@@ -144,7 +144,7 @@ def test_control_characters_are_shown_not_sent(tokenizer, out):
 
 @given(st.text())
 @settings(deadline=None)
-def test_neutralize_leaves_nothing_to_obey(text):
+def test_neutralize_leaves_no_control_character(text):
     shown = neutralize(text)
     assert len(shown) == len(text)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", shown)

@@ -513,7 +513,7 @@ def test_save_and_reload(fresh, folder, tmp_path):
         {"extra_special_tokens": ["<|im_end|>", "<|im_user|>"], "backend": "custom", "is_local": True},
     ],
 )
-def test_configs_saved_by_either_major(folder, tmp_path, form):
+def test_configs_saved_by_either_major_version(folder, tmp_path, form):
     config = json.loads((folder / "tokenizer_config.json").read_bytes())
     del config["additional_special_tokens"]
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)

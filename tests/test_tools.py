@@ -327,8 +327,8 @@ def test_nothing_is_none_and_other_types_stay():
         (["weather"], r"^tools\[0\] must be a dict, a function or a pydantic model, not str"),
         ([tool({}), None], r"^tools\[1\] must be .* not NoneType"),
         ([Dumped([1])], r"^tools\[0\]\.model_dump\(\) must return a dict, not list"),
-        ([functools.partial(weather)], r"^tools\[0\] is a function that describes itself too little"),
-        ([lambda x: x], r"^tools\[0\] is a function that describes itself too little"),
+        ([functools.partial(weather)], r"^tools\[0\] is a function that lacks type hints or a docstring"),
+        ([lambda x: x], r"^tools\[0\] is a function that lacks type hints or a docstring"),
         ([{"type": "function", "function": "f"}], r"^tools\[0\]\.function must be a dict, not str"),
         (
             [{"type": "function", "function": {"description": "d"}}],

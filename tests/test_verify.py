@@ -200,7 +200,7 @@ class Endpoint(BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("fault", [None, "content", "prompt_tokens"])
 def test_an_endpoint_is_asked(sound, monkeypatch, fault):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which nothing on this machine lies behind
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where no proxy listens
     answers = json.loads((sound[1] / "stages.json").read_bytes())["answers"]
     Endpoint.replies = [dict(answer) for answer in answers]
     if fault:

@@ -283,7 +283,7 @@ def test_real_size_has_the_names_shapes_and_counts_of_the_checkpoint():
     assert counts == [416_866_032, 54_277_888]
 
 
-def test_a_model_born_on_meta_needs_nothing_but_its_weights():
+def test_a_model_built_on_meta_needs_nothing_but_its_weights():
     with torch.device("meta"):
         model = Vision(make_config())
     assert list(model.buffers()) == []
@@ -326,9 +326,8 @@ def test_items_never_see_each_other_and_frames_of_an_item_do(attention):
     outputs = model(pixel_values, grid_thws)
     for i, output in enumerate(outputs):
         (grad,) = torch.autograd.grad(output[0].square().sum(), pixel_values, retain_graph=True)
-        reached = [
-            part.flatten(1).any(dim=1) for part in grad.split(lengths)
-        ]  # per item: patches that matter
+        # Per item: patches that matter.
+        reached = [part.flatten(1).any(dim=1) for part in grad.split(lengths)]
         assert reached[i].all(), "every patch of every frame matters to the first token of its item"
         assert not any(part.any() for j, part in enumerate(reached) if j != i), (
             "no patch of another item does"

@@ -3,7 +3,7 @@
     decimals   which of two numbers is bigger (or smaller), English and Chinese
     images     one to three coloured shapes: colour, shape, place
     clips      a moving shape: what, which way, and the timestamp of the chunk in which it starts
-    memory     numbers that were only thought of in an earlier turn, English and Chinese
+    memory     numbers that are only in the reasoning of an earlier turn, English and Chinese
     tools      one call, or two where the second follows from the result of the first
     smalltalk  greetings
 
@@ -22,12 +22,13 @@ from typing import Any
 from .shapes import COLOURS, DIRECTIONS, PLACES, SHAPES, Shape, draw_clip, draw_scene, place_on_the_way
 
 SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
-HELD_OUT = 12  # one key in so many is never trained on
+HELD_OUT = 12  # one key in 12 is never trained on
+# The model card's own.
 NEVER_TRAINED = {
     "decimals 9.11 9.9",
     "decimals 9.9 9.11",
     "memory 473 921 235 215 222",
-}  # the model card's own
+}
 
 
 @dataclass
@@ -225,12 +226,10 @@ def clips(rng: random.Random) -> Sample:
     direction = rng.choice(list(DIRECTIONS))
     chunk = rng.randrange(num_chunks)
     starts = CHUNK * chunk + rng.uniform(-0.4, 0.3)
-    shortest = (
-        min(CHUNK, num_frames - CHUNK * chunk) - 1.4
-    )  # frames: it crosses the picture within the chunk, or ...
-    longest = max(
-        min(num_frames - 1 - starts, 6.6), shortest
-    )  # ... within the next, so that each chunk sees it move
+    # In frames: the shape crosses the picture within the chunk,
+    shortest = min(CHUNK, num_frames - CHUNK * chunk) - 1.4
+    # or by the end of the next, so that each chunk sees it move.
+    longest = max(min(num_frames - 1 - starts, 6.6), shortest)
     lasts = rng.uniform(shortest, shortest + 0.7) if rng.random() < 0.6 else rng.uniform(shortest, longest)
     frames = draw_clip(shape, direction, starts, lasts, num_frames, rng)
     when = timestamp(CHUNK * chunk / fps)
@@ -333,7 +332,7 @@ PEOPLE = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "I
 # fmt: on
 SKIES = ("sunny", "cloudy", "rainy", "windy", "foggy")
 PLACE_PARAMETERS = ("city", "location", "place", "town")
-# So many names that the one declared has to be read.
+# Enough names that the declared one has to be read.
 VERBS = ("get", "find", "lookup", "query", "fetch", "show", "read", "check")
 WEATHER_NOUNS, PERSON_NOUNS = ("weather", "forecast", "sky", "report"), ("person", "home", "address", "city")
 OTHER_TOOLS = (

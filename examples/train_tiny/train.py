@@ -1,4 +1,4 @@
-"""Trains kimi-tiny from nothing and publishes it: a folder in the layout of the 595 GB checkpoint.
+"""Trains kimi-tiny from scratch and publishes it: a folder in the layout of the 595 GB checkpoint.
 
     python -m examples.train_tiny.train [--out kimi-tiny] [--steps 3600] [--work .train_tiny] [--seed 0]
     python -m examples.train_tiny.train --further --out kimi-tiny --steps 500 --rate 4e-4 --work .train_further
@@ -116,7 +116,7 @@ def train(
 ) -> Iterator[tuple[int, float]]:
     """Trains up to `steps` steps and yields (step, loss) of each; saves the state, and the published folder at the end.
 
-    Begins with the state in `work`; without one with the weights in `folder` if `further`, else from nothing.
+    Begins with the state in `work`; without one with the weights in `folder` if `further`, else from scratch.
     """
     torch.manual_seed(seed)
     work.mkdir(parents=True, exist_ok=True)
