@@ -700,8 +700,48 @@ def test_wrong_stacks_are_refused(function, place, matrix, part, c_calls):
     "function, changes, reason",
     [
         ("linear_bf16", {"dtype": torch.float64}, "gives bfloat16 or float32, not torch.float64"),
+        (
+            "linear_bf16",
+            {"x": torch.zeros(()).bfloat16(), "weight": torch.zeros(7).bfloat16()},
+            "takes .*x \\(\\.\\.\\., M\\)",
+        ),
+        (
+            "rms_norm_bf16",
+            {"x": torch.zeros(()).bfloat16(), "weight": torch.zeros(()).bfloat16()},
+            "takes .*weight \\(M\\)",
+        ),
+        ("rotary_bf16", {"x": torch.zeros(2, 2, 3, 8, 1).bfloat16()}, "takes .*x \\(B, h, T, dr\\)"),
+        (
+            "rotary_bf16",
+            {"cos": torch.zeros(3, 3, 4), "sin": torch.zeros(3, 3, 4)},
+            "takes .*\\(B or 1, T, dr/2\\)",
+        ),
+        (
+            "unpack_int4_bf16",
+            {
+                "packed": torch.zeros(1, 7, 8).int(),
+                "scale": torch.zeros(1, 7, 2).bfloat16(),
+                "out": torch.zeros(1, 7, 64).bfloat16(),
+            },
+            "takes .*out \\(N, M\\)",
+        ),
+        ("experts_int4_few_rows", {"x": torch.zeros(3, 64, 1).bfloat16()}, "takes .*x \\(R, H\\)"),
+        (
+            "experts_int4_few_rows",
+            {"ids": torch.zeros(3).long(), "weights": torch.zeros(3)},
+            "takes .*ids \\(R, K\\)",
+        ),
+        ("absorb", {"mask": torch.ones(2, 1, 3, 5, 1).bool()}, "takes .*boolean mask"),
         ("rotary_bf16", {"x": torch.zeros(2, 2, 3, 9).bfloat16()}, "takes .*dr even"),
-        ("absorb", {"latent": torch.zeros(2, 1, 0, 24).bfloat16()}, "takes .*S > 0"),
+        (
+            "absorb",
+            {
+                "latent": torch.zeros(2, 1, 0, 24).bfloat16(),
+                "k_pe": torch.zeros(2, 1, 0, 8).bfloat16(),
+                "mask": None,
+            },
+            "takes .*S > 0",
+        ),
         (
             "absorb",
             {"latent": torch.zeros(2, 1, 5, 4097).bfloat16(), "up": torch.zeros(2, 28, 4097).bfloat16()},
