@@ -19,7 +19,7 @@ FILES = (
     "absorb.c",
 )  # one translation unit, in this order
 TARGET = ROOT / "kimi_cpu_source.py"
-HEADER = '''"""The C that `kimi_cpu.py` compiles. Generated from csrc/ by `python -m scripts.embed_c`: change it there.
+PROLOGUE = '''"""The C that `kimi_cpu.py` compiles. Generated from csrc/ by `python -m scripts.embed_c`: change it there.
 
 csrc/common.h says what the files hold and how they are compiled.
 """
@@ -41,7 +41,7 @@ def join() -> str:
         if unknown := sorted(set(included) - set(FILES[: FILES.index(name)])):
             raise ValueError(f"csrc/{name} includes {unknown}, which do not come before it in {FILES}.")
         parts.append(re.sub(r'#include ".*"\n', "", text))
-    return HEADER + "\n".join(parts) + '"""\n'
+    return PROLOGUE + "\n".join(parts) + '"""\n'
 
 
 def main(arguments: list[str] | None = None) -> int:
