@@ -814,6 +814,7 @@ def test_the_plain_loops_agree_too(tmp_path):
 import sys; sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
 from kimi import kimi_cpu
 kimi_cpu.SOURCE = kimi_cpu.SOURCE.replace("__AVX512BF16__", "NOT_THIS_ONE")
+assert not hasattr(kimi_cpu.library(), "prefill_attention"), "there only with AVX-512 bf16"
 import test_cpu
 for rows in (1, 7, 40):
     test_cpu.test_experts_are_as_exact_as_plain_torch(rows, (160, 32), None)
