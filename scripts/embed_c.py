@@ -10,14 +10,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = (
-    "common.h",
-    "amx.h",
-    "linear.c",
-    "experts.c",
-    "prefill.c",
-    "absorb.c",
-)  # one translation unit, in this order
+# One translation unit, in this order.
+FILES = ("common.h", "amx.h", "linear.c", "experts.c", "prefill.c", "absorb.c")
 TARGET = ROOT / "kimi_cpu_source.py"
 PREAMBLE = '''"""The C that `kimi_cpu.py` compiles. Generated from csrc/ by `python -m scripts.embed_c`: change it there.
 
