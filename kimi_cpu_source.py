@@ -435,23 +435,23 @@ INLINE void step_int4(__m512i word, __m512 scale, long w, long W, __mmask16 live
     }
 }
 
-INLINE void dot_int4_rows(int4_matrix a, long M, int rows, const arranged *x, float *out) {
+INLINE void dot_int4_rows(int4_matrix a, long M, int rows, const arranged *from, float *out) {
+    const __m512i scale_of_word[4] = {SCALE_OF_WORD(0), SCALE_OF_WORD(4), SCALE_OF_WORD(8), SCALE_OF_WORD(12)};
     long W = M / 8, w = 0;
     const uint32_t *words = a.words;
+    arranged x[MAX_ROWS];  /* copied, so that the pointers stay in registers */
     __m512 total[MAX_ROWS];
-    for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
+    for (int r = 0; r < rows; r++) x[r] = from[r], total[r] = _mm512_setzero_ps();
     for (; w + 64 <= W; w += 64) {
-        const __m512i *word = (const __m512i *)(words + w);  /* at any address */
-        for (int k = 0; k < 4; k++) _mm_prefetch((const char *)(word + k) + PREFETCH_BYTES, _MM_HINT_T1);
+        for (int k = 0; k < 4; k++) _mm_prefetch((const char *)(words + w + 16 * k) + PREFETCH_BYTES, _MM_HINT_T1);
         __m512 s = load_floats(a.scale + w / 4);
-        step_int4(_mm512_loadu_si512(word), _mm512_permutexvar_ps(SCALE_OF_WORD(0), s), w, W, 0xFFFF, rows, x, total);
-        step_int4(_mm512_loadu_si512(word + 1), _mm512_permutexvar_ps(SCALE_OF_WORD(4), s), w + 16, W, 0xFFFF, rows, x, total);
-        step_int4(_mm512_loadu_si512(word + 2), _mm512_permutexvar_ps(SCALE_OF_WORD(8), s), w + 32, W, 0xFFFF, rows, x, total);
-        step_int4(_mm512_loadu_si512(word + 3), _mm512_permutexvar_ps(SCALE_OF_WORD(12), s), w + 48, W, 0xFFFF, rows, x, total);
+        for (int k = 0; k < 4; k++)
+            step_int4(_mm512_loadu_si512(words + w + 16 * k), _mm512_permutexvar_ps(scale_of_word[k], s), w + 16 * k, W, 0xFFFF,
+                      rows, x, total);
     }
     for (; w < W; w += 16) {
         __mmask16 live = first_lanes(W - w), groups = first_lanes((W - w) / 4) & 0xF;
-        __m512 s = _mm512_permutexvar_ps(SCALE_OF_WORD(0), floats_of(_mm256_maskz_loadu_epi16(groups, a.scale + w / 4)));
+        __m512 s = _mm512_permutexvar_ps(scale_of_word[0], floats_of(_mm256_maskz_loadu_epi16(groups, a.scale + w / 4)));
         step_int4(_mm512_maskz_loadu_epi32(live, words + w), s, w, W, live, rows, x, total);
     }
     for (int r = 0; r < rows; r++) out[r] = _mm512_reduce_add_ps(total[r]);
@@ -957,30 +957,35 @@ static inline void add_scaled(float *out, float p, const bf16 *row, long C) {
     for (long c = 0; c < C; c++) out[c] += p * to_float(row[c]);
 }
 
-/* Vectors of the compiler, loaded from and stored to arrays at any address. */
-typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
+/* Vectors of the compiler, as wide as the registers, since it takes wider ones apart badly; at any address. */
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 };
+#endif
+typedef float float_lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t word_lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t bf16_lanes __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-/* out (n, 32 of C) = sum over the keys of weight * latent, n <= 4 rows with their sums in registers. */
+/* out (n, 2 * LANES of C) = sum over the keys of weight * latent, n <= 4 rows with their sums in registers. */
 INLINE void weighted_sum_tile(int n, long keys, const float *weights, const bf16 *latent, long stride, float *out, long C) {
-    f32x16 sum[4][2];
-    for (int i = 0; i < n; i++) sum[i][0] = sum[i][1] = (f32x16){0};
+    float_lanes sum[4][2];
+    for (int i = 0; i < n; i++) sum[i][0] = sum[i][1] = (float_lanes){0};
     for (long s = 0; s < keys; s++) {
-        f32x16 c[2];
+        float_lanes c[2];
         for (int v = 0; v < 2; v++)
-            c[v] = (f32x16)(__builtin_convertvector(*(const u16x16 *)(latent + s * stride + 16 * v), u32x16) << 16);
+            c[v] = (float_lanes)(__builtin_convertvector(*(const bf16_lanes *)(latent + s * stride + LANES * v), word_lanes) << 16);
         for (int i = 0; i < n; i++)
             for (int v = 0; v < 2; v++) sum[i][v] += weights[i * keys + s] * c[v];
     }
     for (int i = 0; i < n; i++)
-        for (int v = 0; v < 2; v++) *(f32x16 *)(out + i * C + 16 * v) = sum[i][v];
+        for (int v = 0; v < 2; v++) *(float_lanes *)(out + i * C + LANES * v) = sum[i][v];
 }
 
 /* out (rows, C) = weights (rows, keys) times latent (keys, C). */
 static void weighted_sum(long rows, long keys, const float *weights, const bf16 *latent, long stride, float *out, long C) {
     long c = 0;
-    for (; c + 32 <= C; c += 32)
+    for (; c + 2 * LANES <= C; c += 2 * LANES)
         for (long r = 0; r < rows; r += 4) {
             const float *w = weights + r * keys;
             float *to = out + r * C + c;

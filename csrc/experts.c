@@ -68,23 +68,23 @@ INLINE void step_int4(__m512i word, __m512 scale, long w, long W, __mmask16 live
     }
 }
 
-INLINE void dot_int4_rows(int4_matrix a, long M, int rows, const arranged *x, float *out) {
+INLINE void dot_int4_rows(int4_matrix a, long M, int rows, const arranged *from, float *out) {
+    const __m512i scale_of_word[4] = {SCALE_OF_WORD(0), SCALE_OF_WORD(4), SCALE_OF_WORD(8), SCALE_OF_WORD(12)};
     long W = M / 8, w = 0;
     const uint32_t *words = a.words;
+    arranged x[MAX_ROWS];  /* copied, so that the pointers stay in registers */
     __m512 total[MAX_ROWS];
-    for (int r = 0; r < rows; r++) total[r] = _mm512_setzero_ps();
+    for (int r = 0; r < rows; r++) x[r] = from[r], total[r] = _mm512_setzero_ps();
     for (; w + 64 <= W; w += 64) {
-        const __m512i *word = (const __m512i *)(words + w);  /* at any address */
-        for (int k = 0; k < 4; k++) _mm_prefetch((const char *)(word + k) + PREFETCH_BYTES, _MM_HINT_T1);
+        for (int k = 0; k < 4; k++) _mm_prefetch((const char *)(words + w + 16 * k) + PREFETCH_BYTES, _MM_HINT_T1);
         __m512 s = load_floats(a.scale + w / 4);
-        step_int4(_mm512_loadu_si512(word), _mm512_permutexvar_ps(SCALE_OF_WORD(0), s), w, W, 0xFFFF, rows, x, total);
-        step_int4(_mm512_loadu_si512(word + 1), _mm512_permutexvar_ps(SCALE_OF_WORD(4), s), w + 16, W, 0xFFFF, rows, x, total);
-        step_int4(_mm512_loadu_si512(word + 2), _mm512_permutexvar_ps(SCALE_OF_WORD(8), s), w + 32, W, 0xFFFF, rows, x, total);
-        step_int4(_mm512_loadu_si512(word + 3), _mm512_permutexvar_ps(SCALE_OF_WORD(12), s), w + 48, W, 0xFFFF, rows, x, total);
+        for (int k = 0; k < 4; k++)
+            step_int4(_mm512_loadu_si512(words + w + 16 * k), _mm512_permutexvar_ps(scale_of_word[k], s), w + 16 * k, W, 0xFFFF,
+                      rows, x, total);
     }
     for (; w < W; w += 16) {
         __mmask16 live = first_lanes(W - w), groups = first_lanes((W - w) / 4) & 0xF;
-        __m512 s = _mm512_permutexvar_ps(SCALE_OF_WORD(0), floats_of(_mm256_maskz_loadu_epi16(groups, a.scale + w / 4)));
+        __m512 s = _mm512_permutexvar_ps(scale_of_word[0], floats_of(_mm256_maskz_loadu_epi16(groups, a.scale + w / 4)));
         step_int4(_mm512_maskz_loadu_epi32(live, words + w), s, w, W, live, rows, x, total);
     }
     for (int r = 0; r < rows; r++) out[r] = _mm512_reduce_add_ps(total[r]);
