@@ -39,6 +39,7 @@ from .kimi_cpu import (
     experts_int4_few_rows,
     has_expert_tiles,
     has_prefill_attention,
+    is_plain,
     linear_bf16,
     prefill_attention,
     rms_norm_bf16,
@@ -80,9 +81,8 @@ def is_recorded(*tensors: torch.Tensor) -> bool:
 
 def use_cpu_kernel(*tensors: torch.Tensor) -> bool:
     """Whether the compiled code may take these tensors: bf16 on a CPU, none empty, nothing recorded, traced or cast."""
-    for tensor in tensors:
-        if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" or not tensor.numel():
-            return False
+    if not is_plain(*tensors) or not all(map(torch.Tensor.numel, tensors)):
+        return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or why_unavailable() is not None:
         return False
     return not is_recorded(*tensors)

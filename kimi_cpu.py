@@ -14,7 +14,6 @@ import atexit
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import platform
 import shutil
@@ -155,44 +154,46 @@ def is_plain(*tensors: torch.Tensor) -> bool:
 def linear_bf16(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """x (..., M) times the transpose of weight (N, M), contiguous, both bf16 on the CPU; (..., N), sums in fp32, which is
     given as it is for `dtype` float32, otherwise rounded to bf16."""
-    fits = is_plain(x, weight) and weight.ndim == 2 and weight.is_contiguous()
-    if not (fits and x.shape[-1:] == weight.shape[1:]):
+    given, shape = x.shape, weight.shape
+    fits = is_plain(x, weight) and len(shape) == 2 and weight.is_contiguous()
+    if not (fits and given and given[-1] == shape[1]):
         raise refuse("linear_bf16", "bf16 x (..., M) and contiguous weight (N, M)", x=x, weight=weight)
-    if dtype not in (torch.bfloat16, torch.float32):
+    if dtype is not torch.bfloat16 and dtype is not torch.float32:
         raise ValueError(f"linear_bf16 gives bfloat16 or float32, not {dtype}.")
-    outputs, inputs = weight.shape
+    outputs, inputs = shape
     x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], outputs), dtype=dtype)
-    pointers = (None, y.data_ptr()) if dtype == torch.float32 else (y.data_ptr(), None)
-    rows = math.prod(x.shape[:-1])
+    y = x.new_empty((*given[:-1], outputs), dtype=dtype)
+    pointers = (y.data_ptr(), None) if dtype is torch.bfloat16 else (None, y.data_ptr())
+    rows = y.numel() // max(outputs, 1)
     library().linear_bf16(rows, outputs, inputs, x.data_ptr(), weight.data_ptr(), *pointers)
     return y
 
 
 def rms_norm_bf16(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x (..., M) over its root mean square, rounded to bf16, times weight (M); contiguous bf16, sums in fp32."""
+    given, width = x.shape, weight.numel()
     fits = is_plain(x, weight) and x.is_contiguous() and weight.is_contiguous()
-    if not (fits and weight.ndim == 1 and x.shape[-1:] == weight.shape):
+    if not (fits and given and given[-1] == width and weight.ndim == 1):
         raise refuse("rms_norm_bf16", "contiguous bf16 x (..., M) and weight (M)", x=x, weight=weight)
     y = torch.empty_like(x)
-    library().rms_norm(
-        math.prod(x.shape[:-1]), len(weight), eps, x.data_ptr(), weight.data_ptr(), y.data_ptr()
-    )
+    rows = x.numel() // max(width, 1)
+    library().rms_norm(rows, width, eps, x.data_ptr(), weight.data_ptr(), y.data_ptr())
     return y
 
 
 def rotary_bf16(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x (B, h, T, dr) bf16, its pairs turned by the angles of cos and sin (B or 1, T, dr/2); all first members, then all
     second ones, contiguous. The last dimension of x has stride 1."""
-    fits = is_plain(x) and x.ndim == 4 and x.stride(3) == 1 and x.shape[3] % 2 == 0
-    fits = fits and cos.shape == sin.shape and cos.shape[1:] == (x.shape[2], x.shape[3] // 2)
-    if not (fits and cos.shape[0] in (1, len(x)) and cos.is_cpu and sin.is_cpu):
+    given, angles, strides = x.shape, cos.shape, x.stride()
+    fits = is_plain(x) and len(given) == 4 and len(angles) == 3 and strides[3] == 1 and not given[3] % 2
+    fits = fits and angles == sin.shape and angles[1] == given[2] and angles[2] == given[3] // 2
+    if not (fits and angles[0] in (1, given[0]) and cos.is_cpu and sin.is_cpu):
         needs = "bf16 x (B, h, T, dr), dr even and with stride 1, and cos and sin (B or 1, T, dr/2)"
         raise refuse("rotary_bf16", needs, x=x, cos=cos, sin=sin)
-    cos, sin = (table.float().expand(len(x), -1, -1).contiguous() for table in (cos, sin))
-    y = x.new_empty(x.shape)
-    strides = (ctypes.c_long * 3)(*x.stride()[:3])
-    library().rotary(*x.shape, x.data_ptr(), strides, cos.data_ptr(), sin.data_ptr(), y.data_ptr())
+    cos, sin = (table.float().expand(given[0], -1, -1).contiguous() for table in (cos, sin))
+    y = x.new_empty(given)
+    three = (ctypes.c_long * 3)(*strides[:3])
+    library().rotary(*given, x.data_ptr(), three, cos.data_ptr(), sin.data_ptr(), y.data_ptr())
     return y
 
 
@@ -209,7 +210,7 @@ def check_packed(
     function: str, name: str, words: torch.Tensor, scale: torch.Tensor, shape: tuple[int, ...]
 ) -> None:
     """Raises ValueError unless they are packed matrices of this shape, (N, M) or (E, N, M)."""
-    rows, inputs = shape[:-1], shape[-1]
+    *rows, inputs = shape
     fits = words.shape == (*rows, inputs // 8) and scale.shape == (*rows, inputs // 32) and not inputs % 32
     fits = fits and words.dtype is torch.int32 and words.is_cpu and is_plain(scale)
     if not (fits and words.is_contiguous() and scale.is_contiguous()):
@@ -237,9 +238,10 @@ def experts_int4_few_rows(
     """All chosen experts for a few rows in one call: x (R, H) bf16, ids (R, K) int64, weights (R, K) fp32, and (words,
     scale) stacks of gate, up and down. Returns the weighted sums, (R, H) fp32, the same ones on every run."""
     width, inner, experts = check_experts("experts_int4_few_rows", x, matrices)
-    fits = ids.shape == weights.shape and ids.shape[:1] == x.shape[:1] and ids.ndim == 2
-    fits = fits and ids.dtype == torch.int64 and weights.dtype == torch.float32
-    if not (fits and all(tensor.is_cpu and tensor.is_contiguous() for tensor in (ids, weights))):
+    fits = ids.ndim == 2 and ids.shape == weights.shape and len(ids) == len(x)
+    fits = fits and ids.dtype is torch.int64 and weights.dtype is torch.float32
+    fits = fits and ids.is_cpu and weights.is_cpu
+    if not (fits and ids.is_contiguous() and weights.is_contiguous()):
         needs = "contiguous int64 ids (R, K) and fp32 weights (R, K) for the rows of x"
         raise refuse("experts_int4_few_rows", needs, x=x, ids=ids, weights=weights)
     output = torch.empty(len(x), width, dtype=torch.float32)
@@ -308,19 +310,20 @@ def absorb_fits(
     mask: torch.Tensor | None,
 ) -> bool:
     """Whether these are what `absorb` says."""
-    if not is_plain(q_nope, q_pe, up, latent, k_pe) or up.ndim != 3:
+    queries, matrix, cached = q_nope.shape, up.shape, latent.shape
+    if not is_plain(q_nope, q_pe, up, latent, k_pe):
         return False
-    if any(tensor.ndim != 4 for tensor in (q_nope, q_pe, latent, k_pe)):
+    if not (len(queries) == len(cached) == k_pe.ndim == 4 and len(matrix) == 3):
         return False
-    batch, heads, num_new, nope = q_nope.shape
-    num_total, width = latent.shape[2:]
-    rope = k_pe.shape[3]
+    batch, heads, num_new, nope = queries
+    num_total, width, rope = cached[2], cached[3], k_pe.shape[3]
     return (
         q_pe.shape == (batch, heads, num_new, rope)
-        and up.shape[::2] == (heads, width)
-        and up.shape[1] >= nope
+        and matrix == (heads, matrix[1], width)
+        and matrix[1] >= nope
         and up.is_contiguous()
-        and latent.shape[:2] == (batch, 1)
+        and cached[0] == batch
+        and cached[1] == 1
         and k_pe.shape == (batch, 1, num_total, rope)
         and latent.stride(3) == k_pe.stride(3) == 1
         and num_total > 0
