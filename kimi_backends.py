@@ -15,8 +15,10 @@ The formulas are plain torch, in `modeling_kimi.py` and `kimi_experts.py`. There
     attention of a prompt       faster_expanded_attention   prefill_attention           (torch's SDPA)
     routed experts, packed      faster_experts              run_experts_cpu             run_experts_triton
 
-An answer has the signature of the plain code and its result within rounding. `choose_path` decides between the two readings
-of attention, and the last section cuts long inputs into parts.
+Other answers are plain torch again: `latent_attention_sdpa` if it is forced, `run_experts_gathered` while torch.compile
+traces. An answer has the signature of the plain code, or, where that is several lines, the one that its function here
+names; its result is the same within rounding. `choose_path` decides between the two readings of attention, and the last
+section cuts long inputs into parts.
 
 `config.mla_path` and `config.int4_backend` can force an implementation by name. Forced means used or refused: where it
 cannot run, a ValueError says why. Triton kernels are compared with the plain code once per device before they are used.
@@ -69,6 +71,8 @@ EXPERT_ROWS, EXPERT_ROWS_BESIDE_TILES = 16, 3
 # New tokens up to which attention runs on the latent. On paper c(dn + dv) / (2c - dn - dv) = 171 against a long cache,
 # 0 without one; see `choose_path`. Measured on a CPU between 40 and 60; accelerators were not measured.
 ABSORB_UP_TO, ABSORB_UP_TO_ON_CPU = 128, 48
+
+NO_WEIGHTS = "it makes no attention weights, which attn_implementation='eager' returns"
 
 MLP_ROWS = 4096  # of a long prompt at once: inner values are wider than the stream
 MOE_ROWS = 8192  # more, since each part unpacks its experts anew
@@ -166,10 +170,10 @@ def why_not_absorb_on_cpu(
         return f"the cache is on {latent.device}"
     if not latent.dtype == k_pe.dtype == up.dtype == q_nope.dtype == torch.bfloat16:
         return f"it takes bfloat16, not a cache of {latent.dtype} with {up.dtype} weights"
+    if wants_weights:
+        return NO_WEIGHTS
     if mask is not None and mask.dtype != torch.bool:
         return f"it takes a boolean mask, not {mask.dtype}"
-    if wants_weights:
-        return "it makes no attention weights, which attn_implementation='eager' returns"
     if is_recorded(q_nope, up, latent, k_pe):
         return "it computes no gradients"
     if not up.is_contiguous() or latent.stride(-1) != 1 or k_pe.stride(-1) != 1:
@@ -199,19 +203,27 @@ def absorb_in_parts(
 
 
 def faster_latent_attention(
-    path: str, q_latent: torch.Tensor, wants_weights: bool, plain: Callable
+    path: str,
+    q_latent: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    wants_weights: bool,
+    plain: Callable,
 ) -> Callable[..., Any] | None:
     """For `plain(q_latent, q_pe, latent, k_pe, mask, scaling)`, the attention on the latent between the two absorbed
     products. Raises ValueError if "absorb-sdpa" or "absorb-triton" cannot be used."""
     forced = path.partition("-")[2]
     if forced not in ("sdpa", "triton") and (forced or not q_latent.is_cuda):
         return None
+    reason: str | None
     if wants_weights:
-        reason: str | None = "it makes no attention weights, which attn_implementation='eager' returns"
+        reason = NO_WEIGHTS
     elif forced == "sdpa":
         return latent_attention_sdpa
-    elif is_recorded(q_latent):
+    elif is_recorded(q_latent, latent, k_pe):
         reason = "it computes no gradients"
+    elif torch.compiler.is_compiling():
+        reason = "torch.compile cannot trace it"
     else:
         reason = why_not_triton_attention(q_latent.device, q_latent.dtype, plain)
     if reason is None:
@@ -261,16 +273,23 @@ def faster_expanded_attention(
     q_nope: torch.Tensor,
     q_pe: torch.Tensor,
     kv: torch.Tensor,
+    k_pe: torch.Tensor,
     v_dim: int,
     mask: torch.Tensor | None,
 ) -> Callable[..., torch.Tensor] | None:
-    """Attention of q_nope (B, h, T, dn), q_pe (B, h, T, dr) to expanded keys and values, kv (B, h, S, dn + dv), in the place
-    of torch's SDPA: `expanded_attention_cpu(q_nope, q_pe, kv, k_pe, mask, scaling)`."""
-    if implementation != "sdpa" or kv.device.type != "cpu" or dropout:
+    """Attention of q_nope (B, h, T, dn), q_pe (B, h, T, dr) to expanded keys and values, kv (B, h, S, dn + dv) and k_pe
+    (B, 1, S, dr), in the place of torch's SDPA: `expanded_attention_cpu(q_nope, q_pe, kv, k_pe, mask, scaling)`. Before
+    they are expanded the latents may stand for kv."""
+    if implementation != "sdpa" or dropout or not is_plain(q_nope, kv, k_pe):
         return None
-    fits = kv.dtype == q_nope.dtype == torch.bfloat16 and (mask is None or mask.dtype == torch.bool)
+    fits = k_pe.stride(-1) == 1 and (mask is None or mask.dtype == torch.bool)
     fits = fits and not (q_nope.shape[-1] % 2 or q_pe.shape[-1] % 2 or v_dim % 64)
-    if not fits or is_recorded(q_nope, kv) or torch.compiler.is_compiling() or not has_prefill_attention():
+    if (
+        not fits
+        or is_recorded(q_nope, kv, k_pe)
+        or torch.compiler.is_compiling()
+        or not has_prefill_attention()
+    ):
         return None
     return expanded_attention_cpu
 
@@ -319,7 +338,8 @@ def faster_experts(
 ) -> Callable[..., torch.Tensor] | None:
     """For `plain(x, topk_ids, topk_weights, gate, up, down)`, x (R, H). `requested` is config.int4_backend.
 
-    Raises ValueError if a backend was asked for by name and cannot be used, with the reason.
+    Raises ValueError if a backend was asked for by name and cannot be used, with the reason. While torch.compile traces,
+    the plain code is `run_experts_gathered`, which does not look at the routing.
     """
     if torch.compiler.is_compiling() and requested in ("auto", "reference"):
         return run_experts_gathered
@@ -501,13 +521,14 @@ def expanded_head_slices(
     q_nope: torch.Tensor,
     q_pe: torch.Tensor,
     latent: torch.Tensor,
+    k_pe: torch.Tensor,
     v_dim: int,
     mask: torch.Tensor | None,
 ) -> list[slice]:
     """All h heads of q_nope (B, h, T, dn), as many at a time as have keys and values that fit WORKSPACE_BYTES when they
     are expanded from latent (B, 1, S, c); at least one."""
     nope_dim, key_dim = q_nope.shape[-1], q_nope.shape[-1] + q_pe.shape[-1]
-    fast = faster_expanded_attention(implementation, dropout, q_nope, q_pe, latent, v_dim, mask)
+    fast = faster_expanded_attention(implementation, dropout, q_nope, q_pe, latent, k_pe, v_dim, mask)
     # Keys and padded values; PyTorch's own kernel for a CPU may pack both once more.
     copies = 2 if latent.is_cuda or fast else 4
     step = heads_at_once(latent, q_nope.shape[1], nope_dim + v_dim + copies * key_dim)

@@ -77,7 +77,7 @@ def published_tensors(model: nn.Module) -> dict[str, PublishedTensor]:
     tensors: dict[str, PublishedTensor] = {}
     for prefix, module in model.named_modules():
         dot = prefix and f"{prefix}."
-        if hasattr(module, "published_names"):
+        if hasattr(type(module), "published_names"):  # the class: a wrapper forwards what its module has
             for parameter, names in module.published_names(dot):
                 for expert, name in enumerate(names):
                     tensors[name] = PublishedTensor(name, module, parameter, dot + parameter, expert)

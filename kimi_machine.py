@@ -77,8 +77,9 @@ def parse_size(size: int | str, what: str, gb: int = 10**9) -> int:
     units without an i follow it. Raises ValueError that names `what`."""
     if isinstance(size, int):
         return size
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", size.strip(), re.IGNORECASE)
-    if not match and size.strip() != "0":
+    text = size.strip() if isinstance(size, str) else ""
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", text, re.IGNORECASE)
+    if not match and text != "0":
         raise ValueError(f'{what} "{size}" is not a size such as 80GB, 79.6GiB or 2TB.')
     number, unit, binary = match.groups() if match else ("0", "", "")
     if Fraction(number) < 0:

@@ -40,9 +40,10 @@ class KimiPretrainedMixin(Base):
         """Logical weights: an int4 expert counts its codes, not its words, scales and shapes."""
         total = 0
         for module in self.modules():
-            if (count := getattr(module, "num_weights", None)) is not None:  # stacked experts
+            # Stacked experts. The class is asked, since a wrapper (torch.compile's, PEFT's) forwards what its module has.
+            if (count := getattr(type(module), "num_weights", None)) is not None:
                 trainable = not module.packed and any(p.requires_grad for p in module.parameters())
-                total += count() if trainable or not only_trainable else 0
+                total += count(module) if trainable or not only_trainable else 0
             elif not (exclude_embeddings and isinstance(module, nn.Embedding)):
                 parameters = module.parameters(recurse=False)
                 total += sum(p.numel() for p in parameters if p.requires_grad or not only_trainable)
@@ -170,7 +171,7 @@ def _user_renamings(weight_mapping: list[Any] | None) -> Iterator[tuple[str, str
 
 def set_stacked_names(model: nn.Module, stacked: bool) -> None:
     for module in model.modules():
-        if hasattr(module, "stacked_names"):
+        if hasattr(type(module), "stacked_names"):
             module.stacked_names = stacked
 
 

@@ -80,7 +80,8 @@ def recorded_routing(model: nn.Module) -> Iterator[Routing]:
 
 
 def named_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return (item for item in model.named_modules() if hasattr(item[1], "e_score_correction_bias"))
+    # Not by hasattr, since a wrapper forwards what its module has.
+    return (item for item in model.named_modules() if "e_score_correction_bias" in item[1]._parameters)
 
 
 @dataclass

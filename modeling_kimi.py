@@ -103,7 +103,7 @@ ROTATED_HEADS, ROTATED_TOKENS = 8, 128  # of a prompt longer than that, heads ro
 
 
 class Linear(nn.Linear):
-    """y = x W^T, without a bias. x (..., inputs), W (outputs, inputs)."""
+    """y = x W^T, without a bias. x (..., inputs), W (outputs, inputs). An nn.Linear for every tool that looks for one."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -324,7 +324,8 @@ class MLA(nn.Module):
 
         up_k, up_v = up.split((self.nope_dim, self.v_dim), dim=1)
         q_latent = torch.einsum("bhtd,hdc->bhtc", q_nope, up_k)
-        attend = faster_latent_attention(path, q_latent, wants_weights, latent_attention) or latent_attention
+        fast = faster_latent_attention(path, q_latent, latent, k_pe, wants_weights, latent_attention)
+        attend = fast or latent_attention
         outputs, kept = [], []
         for rows in query_slices(q_latent, latent.shape[2]):
             queries = q_latent[:, :, rows], q_pe[:, :, rows]
@@ -351,7 +352,7 @@ class MLA(nn.Module):
         Arguments and result as those of `absorb`.
         """
         how = self.config._attn_implementation, self.dropout()
-        parts = expanded_head_slices(*how, q_nope, q_pe, latent, self.v_dim, attention_mask)
+        parts = expanded_head_slices(*how, q_nope, q_pe, latent, k_pe, self.v_dim, attention_mask)
         if len(parts) == 1:
             kv = self.kv_b_proj(latent.squeeze(1))  # (B, S, h (dn + dv))
             return self.attend(q_nope, q_pe, kv, k_pe, attention_mask, **kwargs)
@@ -380,7 +381,7 @@ class MLA(nn.Module):
         """Attention of some heads by the chosen implementation, kv (B, S, h (dn + dv)); returns (B, T, h, dv)."""
         implementation, dropout = how = self.config._attn_implementation, self.dropout()
         kv = kv.unflatten(-1, (-1, self.nope_dim + self.v_dim)).transpose(1, 2)  # (B, h, S, dn + dv)
-        if fast := faster_expanded_attention(*how, q_nope, q_pe, kv, self.v_dim, attention_mask):
+        if fast := faster_expanded_attention(*how, q_nope, q_pe, kv, k_pe, self.v_dim, attention_mask):
             return fast(q_nope, q_pe, kv, k_pe, attention_mask, self.scaling), None
         k_nope, value = kv.split((self.nope_dim, self.v_dim), dim=-1)
         key = torch.cat((k_nope, k_pe.expand(-1, kv.shape[1], -1, -1)), dim=-1)  # (B, h, S, dn + dr)
@@ -412,7 +413,8 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain code of `expand`: (B, h, T, d) times (B, h, S, d), softmax in fp32, under a mask (B, 1, T, S) or none.
+    """The plain code of `expand`: (B, h, T, d) times (B, h, S, d), softmax in fp32, under a mask (B, 1, T, S); without
+    one all is seen.
 
     Returns the output (B, T, h, dv) and the weights (B, h, T, S).
     """

@@ -12,6 +12,7 @@ from kimi.kimi_backends import (
     ABSORB_QUERIES_ON_CPU,
     choose_path,
     faster_absorb,
+    faster_expanded_attention,
     faster_experts,
     faster_latent_attention,
     faster_linear,
@@ -22,7 +23,7 @@ from kimi.kimi_backends import (
 from kimi.kimi_cache import new_cache
 from kimi.kimi_experts import ExpertMatrices, run_experts
 from kimi.kimi_int4 import quantize_int4
-from kimi.modeling_kimi import MLA, RotaryEmbedding, latent_attention
+from kimi.modeling_kimi import MLA, KimiK25ForConditionalGeneration, RotaryEmbedding, latent_attention
 
 compiled = pytest.mark.skipif(
     kimi_cpu.why_unavailable() is not None, reason=f"no compiled code: {kimi_cpu.why_unavailable()}"
@@ -166,13 +167,13 @@ def test_other_paths_forced_by_name_are_used_or_refused():
         attend(attention("absorb-triton"), 2)
     with pytest.raises(ValueError, match="'absorb-triton' is unavailable: it computes no gradients"):
         attend(attention("absorb-triton"), 2, grad=True)
-    q = torch.zeros(1, 4, 2, 32)
-    assert faster_latent_attention("absorb-eager", q, False, latent_attention) is None
+    q, cache = torch.zeros(1, 4, 2, 32), (torch.zeros(1, 1, 9, 32), torch.zeros(1, 1, 9, 8))
+    assert faster_latent_attention("absorb-eager", q, *cache, False, latent_attention) is None
     assert (
-        faster_latent_attention("absorb-sdpa", q, False, latent_attention)
+        faster_latent_attention("absorb-sdpa", q, *cache, False, latent_attention)
         is kimi_backends.latent_attention_sdpa
     )
-    assert faster_latent_attention("auto", q, False, latent_attention) is None
+    assert faster_latent_attention("auto", q, *cache, False, latent_attention) is None
 
 
 @pytest.mark.parametrize("num_new", [1, 8, 9, 100, 128, 5000])
@@ -181,18 +182,58 @@ def test_the_kernel_of_a_gpu_takes_any_number_of_tokens(num_new, monkeypatch):
     kernel = object()
     monkeypatch.setattr(kimi_backends, "latent_attention_triton", kernel, raising=False)
     monkeypatch.setattr(kimi_backends, "why_not_triton_attention", lambda *args: None)
-    q = SimpleNamespace(
-        is_cuda=True,
-        device=torch.device("cuda"),
-        dtype=torch.bfloat16,
-        shape=(1, 64, num_new, 512),
-        requires_grad=False,
+    q, latent, k_pe = (
+        SimpleNamespace(
+            is_cuda=True,
+            device=torch.device("cuda"),
+            dtype=torch.bfloat16,
+            shape=shape,
+            requires_grad=False,
+        )
+        for shape in ((1, 64, num_new, 512), (1, 1, 9000, 512), (1, 1, 9000, 64))
     )
-    assert faster_latent_attention("auto", q, False, latent_attention) is kernel
-    assert faster_latent_attention("absorb", q, False, latent_attention) is kernel
-    assert faster_latent_attention("auto", q, True, latent_attention) is None, "who wants the weights"
-    q.requires_grad = True
-    assert faster_latent_attention("auto", q, False, latent_attention) is None, "gradients"
+
+    def answer(path="auto", wants_weights=False):
+        return faster_latent_attention(path, q, latent, k_pe, wants_weights, latent_attention)
+
+    assert answer() is answer("absorb") is kernel
+    assert answer(wants_weights=True) is None
+    for tensor in (
+        q,
+        latent,
+        k_pe,
+    ):  # a trainable prefix in the cache, or keys that are trained and queries that are not
+        tensor.requires_grad = True
+        assert answer() is None, "gradients"
+        tensor.requires_grad = False
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert answer() is None
+    with pytest.raises(ValueError, match=r"'absorb-triton' is unavailable: torch\.compile cannot trace it"):
+        answer("absorb-triton")
+
+
+def test_a_model_that_returns_weights_names_them_as_the_reason():
+    """Not the additive mask, which transformers makes for it."""
+    model = KimiK25ForConditionalGeneration(small_config()).bfloat16().eval()
+    for part in (model.config, model.config.text_config, model.config.vision_config):
+        part._attn_implementation = "eager"
+    model.config.mla_path = "absorb-cpu"
+    with pytest.raises(ValueError, match="'absorb-cpu' is unavailable: it makes no attention weights"):
+        model(torch.ones(1, 4, dtype=torch.long))
+
+
+@pytest.mark.skipif(not kimi_cpu.has_prefill_attention(), reason="needs bf16 dot products (AVX-512)")
+def test_attention_of_a_prompt_takes_the_keys_of_any_cache():
+    """What the compiled code refuses is left to SDPA."""
+    q_nope, q_pe, kv = (torch.zeros(1, 2, 9, width).bfloat16() for width in (32, 16, 96))
+    k_pe = torch.zeros(1, 1, 9, 16).bfloat16()
+
+    def answer(k_pe):
+        return faster_expanded_attention("sdpa", 0.0, q_nope, q_pe, kv, k_pe, 64, None)
+
+    assert answer(k_pe) is kimi_backends.expanded_attention_cpu
+    assert answer(k_pe.mT.contiguous().mT) is None and answer(k_pe.float()) is None
+    assert answer(k_pe.clone().requires_grad_()) is None
 
 
 @compiled

@@ -182,6 +182,32 @@ def test_saved_is_loaded_byte_for_byte(folder, tmp_path, size):
     assert index.exists() == (size != "5GB") and not list(tmp_path.glob("*.part"))
 
 
+class Wrapper(torch.nn.Module):
+    """Forwards what its module has, as wrappers of torch.compile and of adapters do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "module" else getattr(self.module, name)
+
+    def forward(self, *args):
+        return self.module(*args)
+
+
+def test_a_wrapper_around_a_module_is_not_counted_nor_saved_beside_it(folder, tmp_path):
+    model = Kimi.from_pretrained(folder)
+    want, tensors = model.num_parameters(), len(kimi_checkpoint.published_tensors(model))
+    layer = model.language_model.model.layers[1]
+    layer.mlp.experts, layer.mlp.gate = Wrapper(layer.mlp.experts), Wrapper(layer.mlp.gate)
+    assert model.num_parameters() == want
+    assert len(kimi_checkpoint.published_tensors(model)) == tensors
+    with model.collect_routing() as routing, torch.no_grad():
+        model(torch.ones(1, 5, dtype=torch.long))
+    assert routing.counts.sum(-1).tolist() == [5 * model.config.text_config.num_experts_per_tok] * 2
+
+
 def test_saving_replaces_older_shards_and_respects_the_umask(folder, tmp_path):
     model = Kimi.from_pretrained(folder)
     model.save_pretrained(tmp_path, max_shard_size="300KB")

@@ -536,6 +536,8 @@ def test_numbers_small_units_and_decimals_are_exact():
 
 
 def test_disks_are_decimal_and_gib_is_exact():
+    with pytest.raises(ValueError, match=r'max_shard_size "5\.5" is not a size'):
+        parse_size(5.5, "max_shard_size")
     assert parse_size("2TB", "--disk") == 2 * TB and parse_size("2TiB", "--disk") == 2 * 1024 * GIB
     assert gpu_of("80GiB").total_bytes == 80 * GIB and gpu_of("80GB").total_bytes == int(78.4 * GIB)
 
