@@ -220,11 +220,9 @@ def test_undo_without_a_run_before(folder, capsys):
     assert "there is nothing to undo" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("moves", [0, 1, 2, 3, 8, 20])
-@pytest.mark.parametrize("then", ["--undo", "--write"])
-def test_after_a_crash_it_can_be_undone_or_completed(folder, moves, then, monkeypatch):
-    """Killed before the n-th file is moved into place: the first is the manifest, then come files and their backups."""
-    before, left, move = contents(folder), [moves], os.replace
+def kill_before_move(monkeypatch, moves):
+    """The process is killed when it has moved `moves` files into place and would move the next."""
+    left, move = [moves], os.replace
 
     def dying(source, target):
         if not left[0]:
@@ -233,6 +231,14 @@ def test_after_a_crash_it_can_be_undone_or_completed(folder, moves, then, monkey
         move(source, target)
 
     monkeypatch.setattr(os, "replace", dying)
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2, 3, 8, 20])
+@pytest.mark.parametrize("then", ["--undo", "--write"])
+def test_after_a_crash_it_can_be_undone_or_completed(folder, moves, then, monkeypatch):
+    """Killed before the n-th file is moved into place: the first is the manifest, then come files and their backups."""
+    before = contents(folder)
+    kill_before_move(monkeypatch, moves)
     with pytest.raises(KeyboardInterrupt):
         run(folder, "--write")
     monkeypatch.undo()
@@ -249,16 +255,9 @@ def test_after_a_crash_it_can_be_undone_or_completed(folder, moves, then, monkey
 
 @pytest.mark.parametrize("moves", [1, 3])
 def test_an_undo_that_was_killed_can_be_repeated(folder, moves, monkeypatch):
-    before, left, move = contents(folder), [moves], os.replace
-
-    def dying(source, target):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        move(source, target)
-
+    before = contents(folder)
     assert run(folder, "--write") == 0
-    monkeypatch.setattr(os, "replace", dying)
+    kill_before_move(monkeypatch, moves)
     with pytest.raises(KeyboardInterrupt):
         run(folder, "--undo")
     monkeypatch.undo()
