@@ -10,8 +10,11 @@ transformers' `DynamicLayer` concatenates at every step, which reads and writes 
 token. Everything else (crop, reorder, repeat, select, deepcopy) is inherited and works on the visible part.
 """
 
+import contextlib
+import functools
+from collections.abc import Callable
 from inspect import signature
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from transformers import PretrainedConfig
@@ -21,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .kimi_backends import is_recorded
 
+P, R = ParamSpec("P"), TypeVar("R")
 Pair = tuple[torch.Tensor, torch.Tensor]
 MIN_ROOM = 256  # tokens
 # One eighth of the length: a token is copied eight times in a growing cache's life, on average.
@@ -114,6 +118,42 @@ def append(
     if isinstance(layer, StaticLayer) and not layer.is_initialized:
         _initialize_static(layer, latent, k_pe)
     return cache.update(latent, k_pe, layer_idx, {"cache_position": cache_position})
+
+
+def unchanged_on_error(forward: Callable[P, R]) -> Callable[P, R]:
+    """For a forward through all layers with `past_key_values` and `cache_position`: if it raises (out of memory, an
+    interrupt, a forced implementation that is refused), the layers that have the new tokens already give them back, so
+    that the call can be repeated with the same cache. Quantized layers cannot."""
+
+    @functools.wraps(forward)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        try:
+            return forward(*args, **kwargs)
+        except BaseException:
+            cache, position = kwargs.get("past_key_values"), kwargs.get("cache_position")
+            with contextlib.suppress(RuntimeError):  # of a device that has failed, of tensors without data
+                if isinstance(cache, Cache) and isinstance(position, torch.Tensor):
+                    for layer in cache.layers:
+                        _shorten(layer, int(position[0]))
+            raise
+
+    return wrapped
+
+
+def _shorten(layer: Any, length: int) -> None:
+    """Takes away what a layer has behind `length` tokens."""
+    extra = int(layer.get_seq_length()) - length
+    if extra <= 0:
+        return
+    if type(layer) in (DynamicLayer, LatentLayer) or (
+        isinstance(layer, StaticLayer) and hasattr(layer, "crop")
+    ):
+        layer.crop(-extra)
+    elif isinstance(layer, StaticLayer):  # 4.57 counts the tokens that are not zero
+        layer.keys[:, :, length:] = 0
+        layer.values[:, :, length:] = 0
 
 
 def _initialize_static(layer: StaticLayer, latent: torch.Tensor, k_pe: torch.Tensor) -> None:

@@ -75,7 +75,15 @@ from .kimi_backends import (
     part_of_mask,
     query_slices,
 )
-from .kimi_cache import CACHE, append, causal_mask, count_positions, new_cache, readable_mask
+from .kimi_cache import (
+    CACHE,
+    append,
+    causal_mask,
+    count_positions,
+    new_cache,
+    readable_mask,
+    unchanged_on_error,
+)
 from .kimi_experts import Experts, apply_keeping_dtype
 from .kimi_generation import KimiGenerationMixin, check_counts, check_ids, check_length
 from .kimi_pool import pool_experts
@@ -598,6 +606,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
+    @unchanged_on_error
     def forward(
         self,
         inputs_embeds: torch.Tensor,

@@ -43,6 +43,33 @@ def test_any_cut_and_any_cache_gives_the_same_logits(model, cuts):
         assert_close(feed(model, cache, IDS, cuts), want, 1e-5, f"{type(cache).__name__}, fp32")
 
 
+@pytest.mark.parametrize("kind", ["latent", "dynamic", "static"])
+@pytest.mark.parametrize("past", [0, 7])
+def test_a_forward_that_fails_leaves_the_cache_as_it_was(model, kind, past, monkeypatch):
+    """As where memory runs out, or a forced implementation is refused, in the middle of the layers."""
+    text = model.config.text_config
+    caches = {
+        "latent": new_cache(text),
+        "dynamic": DynamicCache(),
+        "static": StaticCache(text, max_cache_len=48),
+    }
+    cache = caches[kind]
+    want = feed(model, new_cache(text), IDS, [past])[:, past:]
+    if past:
+        feed(model, cache, IDS[:, :past], [])
+    with monkeypatch.context() as patch:
+        patch.setattr(model.language_model.model.layers[-1].mlp, "forward", out_of_memory)
+        for num_new in (5, 1):
+            with pytest.raises(MemoryError), torch.no_grad():
+                model(IDS[:, past : past + num_new], past_key_values=cache)
+            assert {int(layer.get_seq_length()) for layer in cache.layers} <= {past}
+    assert_close(feed(model, cache, IDS[:, past:], [1]), want, 1e-5, f"{kind}, fp32")
+
+
+def out_of_memory(*args, **kwargs):
+    raise MemoryError
+
+
 def test_a_static_cache_holds_576_values_too(model):
     text = model.config.text_config
     cache = StaticCache(config=text, max_cache_len=48)
