@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from transformers.utils import get_json_schema, logging
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
-warning_once = logging.get_logger(__name__).warning_once  # type: ignore[attr-defined]  # transformers adds it
+logger = logging.get_logger(__name__)
 
 # Constraints that are shown, by type and in the order in which they are shown; all others are left out.
 CONSTRAINTS = {
@@ -169,12 +169,14 @@ def render_tool_declaration(tools: list[dict[str, Any]] | None) -> str:
     try:
         declaration = encode_tools_to_typescript_style(tools)
     except UnsupportedSchema as error:
-        warning_once(f"The tools are declared as JSON instead of TypeScript: {error}")
+        logger.warning_once(f"The tools are declared as JSON instead of TypeScript: {error}")  # type: ignore[attr-defined]
         declaration = ""
     else:
         for index, tool in enumerate(tools if declaration else ()):
             if usable_function(tool) is None:
-                warning_once(f"tools[{index}] is not declared: type {tool.get('type')!r} without a function")
+                logger.warning_once(  # type: ignore[attr-defined]
+                    f"tools[{index}] is not declared: type {tool.get('type')!r} without a function"
+                )
     return declaration or json.dumps(tools, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -256,7 +258,7 @@ class FunctionWriter:
         if schema is True or schema == {}:
             return "any"
         if schema is False:
-            warning_once(f"tool {self.name!r}, {path}: the schema `false` is declared as null")
+            logger.warning_once(f"tool {self.name!r}, {path}: the schema `false` is declared as null")  # type: ignore[attr-defined]
             return "null"
         if not isinstance(schema, dict):
             raise unsupported(path, f"is a {type(schema).__name__}, not a schema")
