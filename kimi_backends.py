@@ -27,7 +27,7 @@ This file takes tensors and strings. It imports no model code; where it needs th
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -334,9 +334,9 @@ class Matrices(Protocol):
 
 
 def faster_experts(
-    requested: str, x: torch.Tensor, gate: Matrices, plain: Callable
+    requested: str, x: torch.Tensor, topk_weights: torch.Tensor, matrices: Sequence[Matrices], plain: Callable
 ) -> Callable[..., torch.Tensor] | None:
-    """For `plain(x, topk_ids, topk_weights, gate, up, down)`, x (R, H). `requested` is config.int4_backend.
+    """For `plain(x, topk_ids, topk_weights, *matrices)`, x (R, H). `requested` is config.int4_backend.
 
     Raises ValueError if a backend was asked for by name and cannot be used, with the reason. While torch.compile traces,
     the plain code is `run_experts_gathered`, which does not look at the routing.
@@ -345,11 +345,11 @@ def faster_experts(
         return run_experts_gathered
     device, reason = x.device.type, None
     if requested == "cpu" or (requested == "auto" and device == "cpu"):
-        reason = why_not_experts_on_cpu(x, gate)
+        reason = why_not_experts_on_cpu(x, topk_weights, matrices)
         if reason is None:
             return run_experts_cpu
     if requested == "triton" or (requested == "auto" and device == "cuda"):
-        reason = why_not_experts_by_triton(x, gate, plain)
+        reason = why_not_experts_by_triton(x, topk_weights, matrices, plain)
         if reason is None:
             return run_experts_triton
     if requested in ("cpu", "triton"):
@@ -362,28 +362,34 @@ def runs_by_expert(backend: Callable | None, num_rows: int) -> bool:
     return backend is None or (backend is run_experts_cpu and num_rows > EXPERT_ROWS)
 
 
-def why_not_experts_on_cpu(x: torch.Tensor, gate: Matrices) -> str | None:
-    if gate.scale is None:
-        return f"the experts are not packed but {gate.weight.dtype}"
+def why_not_experts_on_cpu(
+    x: torch.Tensor, topk_weights: torch.Tensor, matrices: Sequence[Matrices]
+) -> str | None:
+    scales = [matrix.scale for matrix in matrices if matrix.scale is not None]
+    if not scales:
+        return f"the experts are not packed but {matrices[0].weight.dtype}"
     if x.device.type != "cpu":
         return f"the weights are on {x.device}"
-    if x.dtype != torch.bfloat16 or gate.scale.dtype != torch.bfloat16:
-        return f"it takes bfloat16, not {x.dtype} with {gate.scale.dtype} scales"
-    if is_recorded(x):
+    if x.dtype != torch.bfloat16 or scales[0].dtype != torch.bfloat16:
+        return f"it takes bfloat16, not {x.dtype} with {scales[0].dtype} scales"
+    if is_recorded(x, topk_weights, *scales):
         return "it computes no gradients"
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace it"
     return why_unavailable()
 
 
-def why_not_experts_by_triton(x: torch.Tensor, gate: Matrices, plain: Callable) -> str | None:
-    if gate.scale is None:
-        return f"the experts are not packed but {gate.weight.dtype}"
-    if is_recorded(x):
+def why_not_experts_by_triton(
+    x: torch.Tensor, topk_weights: torch.Tensor, matrices: Sequence[Matrices], plain: Callable
+) -> str | None:
+    scales = [matrix.scale for matrix in matrices if matrix.scale is not None]
+    if not scales:
+        return f"the experts are not packed but {matrices[0].weight.dtype}"
+    if is_recorded(x, topk_weights, *scales):
         return "it computes no gradients"
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace it"
-    return why_not_triton_experts(x.device, plain, type(gate))
+    return why_not_triton_experts(x.device, plain, type(matrices[0]))
 
 
 @functools.cache

@@ -108,7 +108,7 @@ class Experts(nn.Module):
     def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """x (R, H), ids (R, K), weights (R, K) fp32 to the weighted sum of the chosen experts, (R, H) fp32."""
         matrices = [self.matrices(projection) for projection in self.shapes]
-        run = faster_experts(self.config.int4_backend, x, matrices[0], run_experts) or run_experts
+        run = faster_experts(self.config.int4_backend, x, topk_weights, matrices, run_experts) or run_experts
         return run(x, topk_ids, topk_weights, *matrices)
 
     def prefetch(self, topk_ids: torch.Tensor) -> None:

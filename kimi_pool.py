@@ -79,29 +79,25 @@ class PooledExperts(Experts):
     @torch.compiler.disable
     def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """As Experts.forward. Gradients are refused when they are asked for: what they need is no longer there."""
-        cache, recorded = self.pool.cache_of(self.layer), is_recorded(x)
+        cache, recorded = self.pool.cache_of(self.layer), is_recorded(x, topk_weights)
         with self.pool.lock:
             visit = self.pool.visit(self, topk_ids, counts=True)
             inputs = [tensor.to(cache.device) for tensor in (x, topk_ids, topk_weights)]
-            gate = self.matrices_in(visit)[0]
-            backend = faster_experts(self.config.int4_backend, inputs[0], gate, run_experts)
+            matrices = self.matrices_in(visit)
+            backend = faster_experts(self.config.int4_backend, inputs[0], inputs[2], matrices, run_experts)
             with torch.no_grad():
                 output = run_pooled(backend, visit, self, *inputs).to(x.device)
         return NoGradient.apply(output, x, topk_weights) if recorded else output
 
-    def matrices_in(self, visit: Visit, lazy: bool = False) -> list[ExpertMatrices]:
+    def matrices_in(self, visit: Visit, lazy: bool = False) -> Sequence[ExpertMatrices]:
         """The slots, by projection, to be indexed by slot; or, lazily, by expert, which waits until it is there."""
-        weight, scale = ("weight_packed", "weight_scale") if self.packed else ("weight", "")
-        matrices: list[ExpertMatrices] = []
-        for projection in self.shapes:
-            stacks = visit.cache.stacks
-            pair = stacks[f"{projection}_{weight}"], stacks[f"{projection}_{scale}"] if scale else None
-            if lazy:
-                pooled = PooledMatrices(*pair)
-                pooled.visit = visit
-                matrices.append(pooled)
-            else:
-                matrices.append(ExpertMatrices(*pair))
+        weight, stacks = "weight_packed" if self.packed else "weight", visit.cache.stacks
+        pairs = [(stacks[f"{name}_{weight}"], stacks.get(f"{name}_weight_scale")) for name in self.shapes]
+        if not lazy:
+            return [ExpertMatrices(*pair) for pair in pairs]
+        matrices = [PooledMatrices(*pair) for pair in pairs]
+        for matrix in matrices:
+            matrix.visit = visit
         return matrices
 
     def extra_repr(self) -> str:
@@ -342,8 +338,7 @@ class ExpertPool:
             best = sorted(uses, key=lambda key: -uses[key])[: cache.capacity]
             for key, share in uses.items():
                 cache.worth.expect(key, share)
-            claimed = [(key, cache.claim(key, best)) for key in best]
-            entries = [(key, entry) for key, entry in claimed if entry is not None]
+            entries = [(key, cache.claim(key, best)) for key in best]
             for key, entry in entries:
                 cache.await_entry(key, entry)
             warmed += len(entries)

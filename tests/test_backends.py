@@ -37,7 +37,7 @@ def gate_of(scales=torch.bfloat16):
 
 
 def chosen(requested, x, gate):
-    return faster_experts(requested, x, gate, run_experts)
+    return faster_experts(requested, x, torch.ones(len(x), 1), [gate] * 3, run_experts)
 
 
 def test_experts_take_the_code_that_is_there():
@@ -81,6 +81,26 @@ def test_experts_forced_by_name_say_why_not(monkeypatch):
         ValueError, match=r'int4_backend .* is "fast"; it is one of auto, reference, cpu, triton'
     ):
         small_config().int4_backend = "fast"
+
+
+@pytest.mark.parametrize("only", ["x", "topk_weights", "gate_proj", "up_proj", "down_proj"])
+def test_whatever_of_packed_experts_learns_alone_gets_its_gradient(only):
+    """The routing weights alone where only routers are trained; the scales of one projection."""
+    sizes = {"gate_proj": (64, 256), "up_proj": (64, 256), "down_proj": (256, 64)}
+    tensors = {"x": torch.randn(3, 256).bfloat16(), "topk_weights": torch.rand(3, 2)}
+    words = {}
+    for name, size in sizes.items():
+        words[name], scale = quantize_int4(torch.randn(2, *size))
+        tensors[name] = scale.bfloat16()
+    tensors[only].requires_grad_()
+    matrices = [ExpertMatrices(words[name], tensors[name]) for name in sizes]
+    x, topk_weights = tensors["x"], tensors["topk_weights"]
+    for backend in ("cpu", "triton"):
+        with pytest.raises(ValueError, match=f"'{backend}' is unavailable: it computes no gradients"):
+            faster_experts(backend, x, topk_weights, matrices, run_experts)
+    run = faster_experts("auto", x, topk_weights, matrices, run_experts) or run_experts
+    run(x, torch.tensor([[0, 1]] * 3), topk_weights, *matrices).square().sum().backward()
+    assert tensors[only].grad is not None and tensors[only].grad.count_nonzero()
 
 
 # ----------------------------------------------------------------------------------------------------------- attention

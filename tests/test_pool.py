@@ -130,8 +130,11 @@ def test_a_compiled_model_runs_pooled_experts_outside_the_graph(folder, resident
     assert logits(compiled).equal(logits(model))
 
 
-def test_gradients_are_refused_and_not_wrong(folder, one):
+@pytest.mark.parametrize("trained", ["", "mlp.gate."])
+def test_gradients_are_refused_and_not_wrong(folder, one, trained):
     model = Kimi.from_pretrained(folder, expert_cache=6 * one)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
     output = model(FEW).logits
     assert output.requires_grad
     with pytest.raises(RuntimeError, match="compute no gradients; load the model without expert_cache"):
