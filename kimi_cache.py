@@ -24,7 +24,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .kimi_backends import is_recorded
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 Pair = tuple[torch.Tensor, torch.Tensor]
 MIN_ROOM = 256  # tokens
 # One eighth of the length: a token is copied eight times in a growing cache's life, on average.
@@ -152,8 +153,8 @@ def _shorten(layer: Any, length: int) -> None:
     ):
         layer.crop(-extra)
     elif isinstance(layer, StaticLayer):  # 4.57 counts the tokens that are not zero
-        layer.keys[:, :, length:] = 0
-        layer.values[:, :, length:] = 0
+        for tensor in cast(Pair, (layer.keys, layer.values)):
+            tensor[:, :, length:] = 0
 
 
 def _initialize_static(layer: StaticLayer, latent: torch.Tensor, k_pe: torch.Tensor) -> None:
