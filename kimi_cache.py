@@ -11,10 +11,8 @@ token. Everything else (crop, reorder, repeat, select, deepcopy) is inherited an
 """
 
 import contextlib
-import functools
-from collections.abc import Callable
 from inspect import signature
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from transformers import PretrainedConfig
@@ -24,8 +22,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .kimi_backends import is_recorded
 
-P = ParamSpec("P")
-R = TypeVar("R")
 Pair = tuple[torch.Tensor, torch.Tensor]
 MIN_ROOM = 256  # tokens
 # One eighth of the length: a token is copied eight times in a growing cache's life, on average.
@@ -121,39 +117,35 @@ def append(
     return cache.update(latent, k_pe, layer_idx, {"cache_position": cache_position})
 
 
-def unchanged_on_error(forward: Callable[P, R]) -> Callable[P, R]:
-    """For a forward through all layers with `past_key_values` and `cache_position`: if it raises (out of memory, an
-    interrupt, a forced implementation that is refused), the layers that have the new tokens already give them back, so
-    that the call can be repeated with the same cache. Quantized layers cannot."""
+def cached_length(cache: Cache | None) -> int | torch.Tensor:
+    """Tokens in a cache; a tensor for a static one, and then a copy: the cache counts on in its own."""
+    length = cache.get_seq_length() if cache is not None else 0
+    return length.clone() if isinstance(length, torch.Tensor) else length
 
-    @functools.wraps(forward)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
-            return forward(*args, **kwargs)
-        try:
-            return forward(*args, **kwargs)
-        except BaseException:
-            cache, position = kwargs.get("past_key_values"), kwargs.get("cache_position")
-            with contextlib.suppress(RuntimeError):  # of a device that has failed, of tensors without data
-                if isinstance(cache, Cache) and isinstance(position, torch.Tensor):
-                    for layer in cache.layers:
-                        _shorten(layer, int(position[0]))
-            raise
 
-    return wrapped
+def restore(cache: Cache | None, length: int | torch.Tensor) -> None:
+    """After a forward that raised (out of memory, an interrupt, a forced implementation that is refused): layers that
+    have its tokens already are cut back to `length`, so that the call can be repeated with the same cache.
+
+    Dynamic and static layers; others, quantized ones for instance, stay as they are. A static layer has its batch size.
+    """
+    for layer in () if cache is None else cache.layers:
+        with contextlib.suppress(Exception):  # what is raised is the error that led here
+            _shorten(layer, int(length))
 
 
 def _shorten(layer: Any, length: int) -> None:
-    """Takes away what a layer has behind `length` tokens."""
-    extra = int(layer.get_seq_length()) - length
-    if extra <= 0:
-        return
-    if type(layer) in (DynamicLayer, LatentLayer) or (
-        isinstance(layer, StaticLayer) and hasattr(layer, "crop")
-    ):
-        layer.crop(-extra)
-    elif isinstance(layer, StaticLayer):  # 4.57 counts the tokens that are not zero
-        for tensor in cast(Pair, (layer.keys, layer.values)):
+    if type(layer) in (DynamicLayer, LatentLayer) and layer.is_initialized:
+        # Each for itself: the update may have ended between the two.
+        layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+        if not length:  # as new, for any batch size
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+    elif isinstance(layer, StaticLayer) and (extra := int(layer.get_seq_length()) - length) > 0:
+        if hasattr(layer, "crop"):
+            layer.crop(-extra)
+            return
+        for tensor in cast(Pair, (layer.keys, layer.values)):  # 4.57 counts the tokens that are not zero
             tensor[:, :, length:] = 0
 
 

@@ -78,11 +78,12 @@ from .kimi_backends import (
 from .kimi_cache import (
     CACHE,
     append,
+    cached_length,
     causal_mask,
     count_positions,
     new_cache,
     readable_mask,
-    unchanged_on_error,
+    restore,
 )
 from .kimi_experts import Experts, apply_keeping_dtype
 from .kimi_generation import KimiGenerationMixin, check_counts, check_ids, check_length
@@ -606,7 +607,6 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(config)
 
-    @unchanged_on_error
     def forward(
         self,
         inputs_embeds: torch.Tensor,
@@ -765,26 +765,32 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
         past_key_values = self._cache_to_use(cache if past_key_values is None else past_key_values, use_cache)
         inputs_embeds = self._embed(input_ids, inputs_embeds, pixel_values, grid_thws, debug_nan)  # (B, T, H)
         # cache_position: 4.57's generate() gives it, 5.x has no such thing.
+        past_length, cache_position = cached_length(past_key_values), kwargs.pop("cache_position", None)
         position_ids, cache_position = self._positions(
-            inputs_embeds, attention_mask, position_ids, past_key_values, kwargs.pop("cache_position", None)
+            inputs_embeds, attention_mask, position_ids, past_length, cache_position
         )
-        outputs = self.language_model.model(
-            inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache_position=cache_position,
-            output_attentions=self._option("output_attentions", output_attentions),
-            output_hidden_states=self._option("output_hidden_states", output_hidden_states),
-            debug_nan=debug_nan,
-            **kwargs,
-        )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.language_model.lm_head(outputs.last_hidden_state[:, keep])
-        if debug_nan:
-            check_finite(logits, "lm_head")
+        try:
+            outputs = self.language_model.model(
+                inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                cache_position=cache_position,
+                output_attentions=self._option("output_attentions", output_attentions),
+                output_hidden_states=self._option("output_hidden_states", output_hidden_states),
+                debug_nan=debug_nan,
+                **kwargs,
+            )
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.language_model.lm_head(outputs.last_hidden_state[:, keep])
+            if debug_nan:
+                check_finite(logits, "lm_head")
+            loss = None if labels is None else self._loss(logits, labels, **kwargs)
+        except BaseException:
+            restore(past_key_values, past_length)
+            raise
         return CausalLMOutputWithPast(
-            loss=None if labels is None else self._loss(logits, labels, **kwargs),
+            loss=loss,
             logits=logits,
             **{CACHE: past_key_values},
             hidden_states=outputs.hidden_states,
@@ -844,11 +850,11 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        cache: Cache | None,
+        past_length: int | torch.Tensor,
         cache_position: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions (B or 1, T) of the new tokens, and where (T,) they go in the cache. Refuses too many of them."""
-        num_tokens, past_length = inputs_embeds.shape[1], cache.get_seq_length() if cache is not None else 0
+        num_tokens = inputs_embeds.shape[1]
         check_length(past_length, num_tokens, self.config.text_config.max_position_embeddings)
         if cache_position is None:
             cache_position = torch.arange(num_tokens, device=inputs_embeds.device) + past_length

@@ -43,31 +43,111 @@ def test_any_cut_and_any_cache_gives_the_same_logits(model, cuts):
         assert_close(feed(model, cache, IDS, cuts), want, 1e-5, f"{type(cache).__name__}, fp32")
 
 
-@pytest.mark.parametrize("kind", ["latent", "dynamic", "static"])
+CACHES = {
+    "latent": new_cache,
+    "dynamic": lambda text: DynamicCache(),
+    "static": lambda text: StaticCache(config=text, max_cache_len=48),
+}
+
+
+def fail(*args, **kwargs):
+    raise MemoryError
+
+
+def lengths(cache):
+    return {int(layer.get_seq_length()) for layer in cache.layers}
+
+
+@pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("past", [0, 7])
-def test_a_forward_that_fails_leaves_the_cache_as_it_was(model, kind, past, monkeypatch):
-    """As where memory runs out, or a forced implementation is refused, in the middle of the layers."""
-    text = model.config.text_config
-    caches = {
-        "latent": new_cache(text),
-        "dynamic": DynamicCache(),
-        "static": StaticCache(text, max_cache_len=48),
-    }
-    cache = caches[kind]
+@pytest.mark.parametrize("where", ["mlp", "lm_head"])
+def test_a_forward_that_fails_leaves_the_cache_as_it_was(model, kind, past, where, monkeypatch):
+    """As where memory runs out or a forced implementation is refused, in the middle of the layers or behind them."""
+    text, language = model.config.text_config, model.language_model
+    cache = CACHES[kind](text)
     want = feed(model, new_cache(text), IDS, [past])[:, past:]
     if past:
         feed(model, cache, IDS[:, :past], [])
     with monkeypatch.context() as patch:
-        patch.setattr(model.language_model.model.layers[-1].mlp, "forward", out_of_memory)
+        patch.setattr(
+            language.lm_head if where == "lm_head" else language.model.layers[-1].mlp, "forward", fail
+        )
         for num_new in (5, 1):
             with pytest.raises(MemoryError), torch.no_grad():
                 model(IDS[:, past : past + num_new], past_key_values=cache)
-            assert {int(layer.get_seq_length()) for layer in cache.layers} <= {past}
+            assert lengths(cache) <= {past}
     assert_close(feed(model, cache, IDS[:, past:], [1]), want, 1e-5, f"{kind}, fp32")
 
 
-def out_of_memory(*args, **kwargs):
-    raise MemoryError
+@pytest.mark.parametrize("kind", ["latent", "dynamic"])
+def test_a_prompt_that_did_not_fit_may_be_tried_with_fewer_rows(model, kind, monkeypatch):
+    cache = CACHES[kind](model.config.text_config)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.language_model.model.layers[-1].mlp, "forward", fail)
+        with pytest.raises(MemoryError), torch.no_grad():
+            model(IDS, past_key_values=cache)
+    assert_close(feed(model, cache, IDS[:1], [9]), feed(model, None, IDS[:1], []), 1e-5, "one row, fp32")
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_what_the_caller_says_about_positions_does_not_shorten_a_cache(model, kind, monkeypatch):
+    cache = CACHES[kind](model.config.text_config)
+    feed(model, cache, IDS[:, :7], [])
+    monkeypatch.setattr(model.language_model.model.layers[0].mlp, "forward", fail)
+    with pytest.raises(MemoryError), torch.no_grad():
+        positions = torch.arange(7, 9)
+        model(
+            IDS[:, 7:9], past_key_values=cache, position_ids=positions[None], cache_position=torch.arange(2)
+        )
+    assert lengths(cache) == {7}
+
+
+def test_an_update_that_failed_half_way_is_taken_back(model, monkeypatch):
+    """Keys were joined, values were not."""
+    cache = DynamicCache(config=model.config.text_config)
+    cache.layers = [DynamicLayer() for _ in cache.layers]
+    feed(model, cache, IDS[:, :7], [])
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+
+    def half(layer, keys, values, *args, **kwargs):
+        layer.keys = torch.cat((layer.keys, keys), dim=-2)
+        raise MemoryError
+
+    monkeypatch.setattr(DynamicLayer, "update", half)
+    with pytest.raises(MemoryError), torch.no_grad():
+        model(IDS[:, 7:9], past_key_values=cache)
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert layer.keys.equal(keys) and layer.values.equal(values)
+
+
+def test_the_error_that_comes_out_is_the_first_one(model, monkeypatch):
+    cache = new_cache(model.config.text_config)
+    feed(model, cache, IDS[:, :7], [])
+    monkeypatch.setattr("kimi.kimi_cache._shorten", lambda *args: [][0])
+    monkeypatch.setattr(model.language_model.model.layers[-1].mlp, "forward", fail)
+    with pytest.raises(MemoryError), torch.no_grad():
+        model(IDS[:, 7:9], past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", ["latent", "dynamic"])
+def test_a_failure_in_a_compiled_model_is_taken_back_too(model, kind):
+    """Where the graph breaks, as before experts of a pool, or where a forced implementation is refused while tracing."""
+    cache = CACHES[kind](model.config.text_config)
+    feed(model, cache, IDS[:, :7], [])
+    last = model.language_model.model.layers[-1]
+
+    @torch.compiler.disable
+    def broken(x):
+        raise MemoryError
+
+    plain, last.mlp.forward = last.mlp.forward, broken
+    try:
+        compiled = torch.compile(model, backend="eager")
+        with pytest.raises(MemoryError), torch.no_grad():
+            compiled(IDS[:, 7:9], past_key_values=cache)
+    finally:
+        last.mlp.forward = plain
+    assert lengths(cache) == {7}
 
 
 def test_a_static_cache_holds_576_values_too(model):
