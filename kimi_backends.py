@@ -41,6 +41,7 @@ from .kimi_cpu import (
     experts_int4_few_rows,
     has_expert_tiles,
     has_prefill_attention,
+    is_in_ram,
     is_plain,
     linear_bf16,
     prefill_attention,
@@ -73,6 +74,7 @@ EXPERT_ROWS, EXPERT_ROWS_BESIDE_TILES = 16, 3
 ABSORB_UP_TO, ABSORB_UP_TO_ON_CPU = 128, 48
 
 NO_WEIGHTS = "it makes no attention weights, which attn_implementation='eager' returns"
+NOT_IN_RAM = "it takes PyTorch's own tensors, not a subclass, which may have no memory of its own"
 
 MLP_ROWS = 4096  # of a long prompt at once: inner values are wider than the stream
 MOE_ROWS = 8192  # more, since each part unpacks its experts anew
@@ -85,9 +87,9 @@ def is_recorded(*tensors: torch.Tensor) -> bool:
 
 def use_cpu_kernel(*tensors: torch.Tensor) -> bool:
     """Whether the compiled code may take these tensors: bf16 on a CPU, none empty, nothing recorded, traced or cast."""
-    if not is_plain(*tensors) or not all(map(torch.Tensor.numel, tensors)):
+    if torch.compiler.is_compiling() or not is_plain(*tensors) or not all(map(torch.Tensor.numel, tensors)):
         return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or why_unavailable() is not None:
+    if torch.is_autocast_enabled("cpu") or why_unavailable() is not None:
         return False
     return not is_recorded(*tensors)
 
@@ -182,6 +184,8 @@ def why_not_absorb_on_cpu(
         return f"kv_lora_rank {latent.shape[-1]} exceeds {MAX_LATENT}"
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace it"
+    if not is_in_ram(q_nope, up, latent, k_pe):
+        return NOT_IN_RAM
     return why_unavailable()
 
 
@@ -280,16 +284,11 @@ def faster_expanded_attention(
     """Attention of q_nope (B, h, T, dn), q_pe (B, h, T, dr) to expanded keys and values, kv (B, h, S, dn + dv) and k_pe
     (B, 1, S, dr), in the place of torch's SDPA: `expanded_attention_cpu(q_nope, q_pe, kv, k_pe, mask, scaling)`. Before
     they are expanded the latents may stand for kv."""
-    if implementation != "sdpa" or dropout or not is_plain(q_nope, kv, k_pe):
+    if implementation != "sdpa" or dropout or torch.compiler.is_compiling() or not is_plain(q_nope, kv, k_pe):
         return None
     fits = k_pe.stride(-1) == 1 and (mask is None or mask.dtype == torch.bool)
     fits = fits and not (q_nope.shape[-1] % 2 or q_pe.shape[-1] % 2 or v_dim % 64)
-    if (
-        not fits
-        or is_recorded(q_nope, kv, k_pe)
-        or torch.compiler.is_compiling()
-        or not has_prefill_attention()
-    ):
+    if not fits or is_recorded(q_nope, kv, k_pe) or not has_prefill_attention():
         return None
     return expanded_attention_cpu
 
@@ -376,6 +375,8 @@ def why_not_experts_on_cpu(
         return "it computes no gradients"
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace it"
+    if not is_in_ram(x, topk_weights, *scales, *(matrix.weight for matrix in matrices)):
+        return NOT_IN_RAM
     return why_unavailable()
 
 

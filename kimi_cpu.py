@@ -142,11 +142,18 @@ def refuse(function: str, needs: str, **tensors: torch.Tensor | None) -> ValueEr
     return ValueError(f"{function} takes {needs}; got {given}.")
 
 
+# Subclasses (DTensor, FakeTensor, those of quantizers) may have no memory of their own; C would read address 0.
+WITH_MEMORY = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_in_ram(*tensors: torch.Tensor) -> bool:
+    return all(tensor.is_cpu and type(tensor) in WITH_MEMORY for tensor in tensors)
+
+
 def is_plain(*tensors: torch.Tensor) -> bool:
     """Whether all are bf16 in RAM."""
-    # A loop takes half the time of all(...), and each product of each layer asks.
-    for tensor in tensors:  # noqa: SIM110
-        if tensor.dtype is not torch.bfloat16 or not tensor.is_cpu:
+    for tensor in tensors:  # half the time of all(...), and each product of each layer asks
+        if tensor.dtype is not torch.bfloat16 or not tensor.is_cpu or type(tensor) not in WITH_MEMORY:
             return False
     return True
 
@@ -187,7 +194,7 @@ def rotary_bf16(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     given, angles, strides = x.shape, cos.shape, x.stride()
     fits = is_plain(x) and len(given) == 4 and len(angles) == 3 and strides[3] == 1 and not given[3] % 2
     fits = fits and angles == sin.shape and angles[1] == given[2] and angles[2] == given[3] // 2
-    if not (fits and angles[0] in (1, given[0]) and cos.is_cpu and sin.is_cpu):
+    if not (fits and angles[0] in (1, given[0]) and is_in_ram(cos, sin)):
         needs = "bf16 x (B, h, T, dr), dr even and with stride 1, and cos and sin (B or 1, T, dr/2)"
         raise refuse("rotary_bf16", needs, x=x, cos=cos, sin=sin)
     cos, sin = (table.float().expand(given[0], -1, -1).contiguous() for table in (cos, sin))
@@ -212,7 +219,7 @@ def check_packed(
     """Raises ValueError unless they are packed matrices of this shape, (N, M) or (E, N, M)."""
     *rows, inputs = shape
     fits = words.shape == (*rows, inputs // 8) and scale.shape == (*rows, inputs // 32) and not inputs % 32
-    fits = fits and words.dtype is torch.int32 and words.is_cpu and is_plain(scale)
+    fits = fits and words.dtype is torch.int32 and is_in_ram(words) and is_plain(scale)
     if not (fits and words.is_contiguous() and scale.is_contiguous()):
         needs = f"contiguous int32 words and bf16 scales of {shape} weights, inputs a multiple of 32"
         raise refuse(function, needs, **{f"{name} words": words, f"{name} scale": scale})
@@ -240,7 +247,7 @@ def experts_int4_few_rows(
     width, inner, experts = check_experts("experts_int4_few_rows", x, matrices)
     fits = ids.ndim == 2 and ids.shape == weights.shape and len(ids) == len(x)
     fits = fits and ids.dtype is torch.int64 and weights.dtype is torch.float32
-    fits = fits and ids.is_cpu and weights.is_cpu
+    fits = fits and is_in_ram(ids, weights)
     if not (fits and ids.is_contiguous() and weights.is_contiguous()):
         needs = "contiguous int64 ids (R, K) and fp32 weights (R, K) for the rows of x"
         raise refuse("experts_int4_few_rows", needs, x=x, ids=ids, weights=weights)
@@ -335,7 +342,7 @@ def absorb_fits(
 def mask_fits(mask: torch.Tensor | None, batch: int, num_new: int, num_total: int) -> bool:
     return mask is None or (
         mask.dtype == torch.bool
-        and mask.is_cpu
+        and is_in_ram(mask)
         and mask.ndim == 4
         and mask.shape[0] in (1, batch)
         and mask.shape[1] == 1
@@ -377,7 +384,9 @@ def expert_int4_tiles(
     width, inner, experts = check_experts("expert_int4_tiles", x, matrices)
     fits = rows.dtype == torch.int64 and weights.dtype == output.dtype == torch.float32
     fits = fits and rows.ndim == 1 and rows.numel() == weights.numel() and output.shape == x.shape
-    if not (fits and all(tensor.is_cpu and tensor.is_contiguous() for tensor in (rows, weights, output))):
+    if not (
+        fits and is_in_ram(rows, weights, output) and all(t.is_contiguous() for t in (rows, weights, output))
+    ):
         needs = "int64 rows (P,) of x, P fp32 weights and fp32 output (R, H), contiguous"
         raise refuse("expert_int4_tiles", needs, x=x, rows=rows, weights=weights, output=output)
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(x):

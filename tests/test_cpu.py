@@ -590,6 +590,19 @@ def somewhere_else(tensor):
     return tensor.to("meta")
 
 
+class WithoutMemory(torch.Tensor):
+    """On the CPU by its own account, at address 0: as a DTensor, a FakeTensor, a tensor of a quantizer."""
+
+    @staticmethod
+    def __new__(cls, like):
+        kind = {"strides": like.stride(), "dtype": like.dtype, "device": like.device}
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, **kind)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
 CHANGES = {
     "linear_bf16": {
         "x": (half, longer(-1), somewhere_else),
@@ -664,7 +677,7 @@ def test_wrong_tensors_are_refused(function, name, c_calls):
         assert c_calls == []
         result(3, 1, 3)
     assert len(c_calls) == 1
-    for change in CHANGES[function][name]:
+    for change in (*CHANGES[function][name], WithoutMemory):
         wrong = change(right[name])
         with pytest.raises(ValueError) as caught:
             getattr(kimi_cpu, function)(**{**right, name: wrong})
@@ -685,7 +698,7 @@ def test_wrong_stacks_are_refused(function, place, matrix, part, c_calls):
     right = right_arguments(function)
     index = ("words", "scale").index(part)
     kind = torch.Tensor.long if part == "words" else half
-    for change in (kind, longer(0), longer(1), longer(2), last_twice, deeper, somewhere_else):
+    for change in (kind, longer(0), longer(1), longer(2), last_twice, deeper, somewhere_else, WithoutMemory):
         pairs = [list(pair) for pair in right["matrices"]]
         pairs[place][index] = change(pairs[place][index])
         with pytest.raises(ValueError, match=rf"^{function} takes .*(gate|up|down) {part} "):
@@ -829,3 +842,17 @@ print("agreed")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["agreed"], done.stderr[-3000:]
+
+
+def test_tensors_without_memory_are_left_to_torch():
+    """As of a model that was made under FakeTensorMode, or whose weights are DTensors."""
+    x, weight = (WithoutMemory(torch.zeros(shape, dtype=torch.bfloat16)) for shape in ((1, 64), (7, 64)))
+    rest = [WithoutMemory(torch.zeros(1, 1, 2, 64, dtype=torch.bfloat16)) for _ in range(2)]
+    assert kimi_backends.faster_linear(x, weight) is None and kimi_backends.faster_rotary(rest[0]) is None
+    assert kimi_backends.faster_rms_norm(x, x) is None
+    assert kimi_backends.faster_expanded_attention("sdpa", 0.0, *rest, *rest, 64, None) is None
+    up = WithoutMemory(torch.zeros(1, 128, 64, dtype=torch.bfloat16))
+    assert kimi_backends.faster_absorb("auto", rest[0], up, *rest, None, False) is None
+    packed = [ExpertMatrices(*map(WithoutMemory, pair)) for pair in layer()]
+    x = torch.zeros(1, 256, dtype=torch.bfloat16)
+    assert kimi_backends.faster_experts("auto", x, x[:, :2], packed, run_experts) is None
