@@ -127,7 +127,7 @@ def restore(cache: Cache | None, length: int | torch.Tensor) -> None:
     """After a forward that raised (out of memory, an interrupt, a forced implementation that is refused): layers that
     have its tokens already are cut back to `length`, so that the call can be repeated with the same cache.
 
-    Dynamic and static layers; others, quantized ones for instance, stay as they are. A static layer has its batch size.
+    Dynamic and static layers; others, quantized ones for instance, stay as they are. A static layer keeps its batch size.
     """
     for layer in () if cache is None else cache.layers:
         with contextlib.suppress(Exception):  # what is raised is the error that led here
@@ -139,7 +139,7 @@ def _shorten(layer: Any, length: int) -> None:
         # Each for itself: the update may have ended between the two.
         layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
         if not length:  # as new, for any batch size
-            layer.keys = layer.values = None
+            layer.keys = layer.values = layer._buffers = None
             layer.is_initialized = False
     elif isinstance(layer, StaticLayer) and (extra := int(layer.get_seq_length()) - length) > 0:
         if hasattr(layer, "crop"):

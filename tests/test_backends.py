@@ -218,11 +218,8 @@ def test_the_kernel_of_a_gpu_takes_any_number_of_tokens(num_new, monkeypatch):
 
     assert answer() is answer("absorb") is kernel
     assert answer(wants_weights=True) is None
-    for tensor in (
-        q,
-        latent,
-        k_pe,
-    ):  # a trainable prefix in the cache, or keys that are trained and queries that are not
+    # Also a trainable prefix in the cache, or keys that are trained and queries that are not.
+    for tensor in (q, latent, k_pe):
         tensor.requires_grad = True
         assert answer() is None, "gradients"
         tensor.requires_grad = False

@@ -130,23 +130,19 @@ def test_the_error_that_comes_out_is_the_first_one(model, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["latent", "dynamic"])
-def test_a_failure_in_a_compiled_model_is_taken_back_too(model, kind):
+def test_a_failure_in_a_compiled_model_is_taken_back_too(model, kind, monkeypatch):
     """Where the graph breaks, as before experts of a pool, or where a forced implementation is refused while tracing."""
     cache = CACHES[kind](model.config.text_config)
     feed(model, cache, IDS[:, :7], [])
-    last = model.language_model.model.layers[-1]
 
     @torch.compiler.disable
     def broken(x):
         raise MemoryError
 
-    plain, last.mlp.forward = last.mlp.forward, broken
-    try:
-        compiled = torch.compile(model, backend="eager")
-        with pytest.raises(MemoryError), torch.no_grad():
-            compiled(IDS[:, 7:9], past_key_values=cache)
-    finally:
-        last.mlp.forward = plain
+    monkeypatch.setattr(model.language_model.model.layers[-1].mlp, "forward", broken)
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(MemoryError), torch.no_grad():
+        compiled(IDS[:, 7:9], past_key_values=cache)
     assert lengths(cache) == {7}
 
 
