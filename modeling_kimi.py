@@ -69,9 +69,12 @@ from .kimi_backends import (
     faster_expanded_attention,
     faster_latent_attention,
     faster_linear,
+    faster_logits,
     faster_rms_norm,
     faster_rotary,
-    faster_scores,
+    faster_rotate_and_append,
+    faster_route,
+    faster_silu_and_mul,
     part_of_mask,
     query_slices,
 )
@@ -81,14 +84,17 @@ from .kimi_cache import (
     cached_length,
     causal_mask,
     count_positions,
+    filled_lengths,
+    lower_right,
     new_cache,
     readable_mask,
+    reserve,
     restore,
 )
-from .kimi_experts import Experts, apply_keeping_dtype
+from .kimi_experts import Experts, apply_keeping_dtype, run_experts
 from .kimi_generation import KimiGenerationMixin, check_counts, check_ids, check_length
 from .kimi_pool import pool_experts
-from .kimi_pretrained import KimiPretrainedMixin
+from .kimi_pretrained import KimiPretrainedMixin, OnEachDevice, only_moves_inputs
 from .kimi_usage import MemoryReport, Routing, memory_report, recorded_routing
 from .kimi_vision import MoonViT, PatchMergerProjector, PositionEmbedding
 
@@ -98,8 +104,10 @@ if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point name
     from .kimi_cpu import linear_bf16  # noqa: F401
     from .kimi_cpu_source import SOURCE  # noqa: F401
     from .kimi_files import Shard  # noqa: F401
+    from .kimi_gpu import why_not  # noqa: F401
     from .kimi_int4 import int4_linear  # noqa: F401
     from .kimi_int4_triton import run_experts_triton  # noqa: F401
+    from .kimi_layer_triton import route_triton  # noqa: F401
     from .kimi_machine import detect_ram  # noqa: F401
     from .kimi_safetensors import read_header  # noqa: F401
     from .kimi_sizes import weight_bytes  # noqa: F401
@@ -131,7 +139,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        norm = faster_rms_norm(x, self.weight) or rms_norm
+        norm = faster_rms_norm(x, self.weight, rms_norm) or rms_norm
         return norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
@@ -274,32 +282,50 @@ class MLA(nn.Module):
         cache_position: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, H) to (B, T, H), and the attention weights (B, h, T, S) if the implementation is "eager"."""
-        q_nope, q_pe = self.queries(hidden_states, position_embeddings)
-        latent, k_pe = self.latents(hidden_states, position_embeddings)
-        if past_key_values is not None:
-            latent, k_pe = append(past_key_values, latent, k_pe, self.layer_idx, cache_position)
+        """(B, T, H) to (B, T, H), and the attention weights (B, h, T, S) if the implementation is "eager".
+
+        Without a mask `past_length` may say how many keys precede the new tokens; `lengths` (B,), how many tokens of a
+        larger cache are there.
+        """
+        q_nope, q_pe = self.queries(hidden_states)
+        latent, k_pe = self.latents(hidden_states)
+        q_pe, latent, k_pe = self.rotate_and_append(
+            q_pe, latent, k_pe, position_embeddings, past_key_values, cache_position
+        )
         path = choose_path(self.config.mla_path, q_nope.shape[2], latent.shape[2], latent.device.type)
         attend = self.absorb if path == "absorb" else self.expand
         output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)  # (B, T, h, dv)
         return self.o_proj(output.flatten(-2)), weights
 
-    def queries(
-        self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, H) to q_nope (B, h, T, dn) and rotated q_pe (B, h, T, dr)."""
+    def queries(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, H) to q_nope (B, h, T, dn) and q_pe (B, h, T, dr), not rotated yet."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, T, dn + dr)
-        q_nope, q_pe = q.split((self.nope_dim, self.rope_dim), dim=-1)
-        return q_nope, apply_rotary(q_pe, *cos_sin)
+        return q.split((self.nope_dim, self.rope_dim), dim=-1)
 
-    def latents(
-        self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, H) to what is cached: latent (B, 1, T, c) and rotated k_pe (B, 1, T, dr)."""
+    def latents(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, H) to what is cached: latent (B, 1, T, c) and k_pe (B, 1, T, dr), not rotated yet."""
         compressed = self.kv_a_proj_with_mqa(x).unsqueeze(1)  # (B, 1, T, c + dr)
         latent, k_pe = compressed.split((self.latent_dim, self.rope_dim), dim=-1)
-        return self.kv_a_layernorm(latent), apply_rotary(k_pe, *cos_sin)
+        return self.kv_a_layernorm(latent), k_pe
+
+    def rotate_and_append(
+        self,
+        q_pe: torch.Tensor,
+        latent: torch.Tensor,
+        k_pe: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache | None,
+        cache_position: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated q_pe; and with the T new ones all S latents (B, 1, S, c) and rotated k_pe (B, 1, S, dr) of the cache."""
+        whole = faster_rotate_and_append(q_pe, latent, k_pe, rotate_pairs)
+        if whole and (room := reserve(cache, self.layer_idx, latent, k_pe)):
+            return whole(q_pe, latent, k_pe, *cos_sin, *room.places), *room.filled
+        q_pe, k_pe = apply_rotary(q_pe, *cos_sin), apply_rotary(k_pe, *cos_sin)
+        if cache is not None:
+            latent, k_pe = append(cache, latent, k_pe, self.layer_idx, cache_position)
+        return q_pe, latent, k_pe
 
     def up_projections(self, latent: torch.Tensor) -> torch.Tensor:
         """`kv_b_proj` as (h, dn + dv, c): UK above UV of each head. A view of the weight wherever that is the weight.
@@ -308,7 +334,7 @@ class MLA(nn.Module):
         the images of the c unit vectors.
         """
         module = self.kv_b_proj
-        if type(module) is Linear and not hasattr(module, "_hf_hook"):
+        if type(module) is Linear and only_moves_inputs(module):
             weight = module.weight
         else:
             units = torch.eye(self.latent_dim, dtype=latent.dtype, device=latent.device)
@@ -322,12 +348,14 @@ class MLA(nn.Module):
         latent: torch.Tensor,
         k_pe: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        past_length: int | None = None,
+        lengths: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention on the cache as it is: latent (B, 1, S, c), k_pe (B, 1, S, dr). Returns (B, T, h, dv)."""
         up, path, wants_weights = self.up_projections(latent), self.config.mla_path, self.wants_weights()
-        flash = "flash" in self.config._attn_implementation
-        mask = readable_mask(attention_mask, q_nope.shape[2], latent.shape[2], latent.device, flash)
+        flash, sizes = "flash" in self.config._attn_implementation, (q_nope.shape[2], latent.shape[2])
+        mask = readable_mask(attention_mask, *sizes, latent.device, flash, past_length)
         if whole := faster_absorb(path, q_nope, up, latent, k_pe, mask, wants_weights):
             return whole(q_nope, q_pe, up, latent, k_pe, mask, self.scaling), None
 
@@ -336,14 +364,14 @@ class MLA(nn.Module):
         fast = faster_latent_attention(path, q_latent, latent, k_pe, wants_weights, latent_attention)
         attend = fast or latent_attention
         outputs, kept = [], []
-        for rows in query_slices(q_latent, latent.shape[2]):
+        for rows in query_slices(q_latent, latent.shape[2], fast):
             queries = q_latent[:, :, rows], q_pe[:, :, rows]
-            output, weights = attend(*queries, latent, k_pe, part_of_mask(mask, rows), self.scaling)
+            output, weights = attend(*queries, latent, k_pe, part_of_mask(mask, rows), self.scaling, lengths)
             outputs.append(output)  # (B, h, rows, c)
             if wants_weights:  # otherwise they are what the workspace bounds
                 kept.append(weights)
             del weights
-        output = torch.cat(outputs, dim=2)  # (B, h, T, c)
+        output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]  # (B, h, T, c)
         weights = torch.cat(kept, dim=2) if kept else None
         return torch.einsum("bhtc,hvc->bthv", output, up_v), weights
 
@@ -354,12 +382,16 @@ class MLA(nn.Module):
         latent: torch.Tensor,
         k_pe: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        past_length: int | None = None,
+        lengths: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention on keys and values made from the cache, as many heads at a time as the workspace holds.
 
         Arguments and result as those of `absorb`.
         """
+        if attention_mask is None and past_length:
+            attention_mask = lower_right(q_nope.shape[2], latent.shape[2])
         how = self.config._attn_implementation, self.dropout()
         parts = expanded_head_slices(*how, q_nope, q_pe, latent, k_pe, self.v_dim, attention_mask)
         if len(parts) == 1:
@@ -449,10 +481,12 @@ def latent_attention(
     k_pe: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The plain code of `absorb`: one key-value head, shared by all query heads.
 
-    q_latent (B, h, T, c), q_pe (B, h, T, dr), latent (B, 1, S, c), k_pe (B, 1, S, dr), mask as `readable_mask` returns.
+    q_latent (B, h, T, c), q_pe (B, h, T, dr), latent (B, 1, S, c), k_pe (B, 1, S, dr), mask as `readable_mask` returns,
+    which hides what is beyond `lengths`, too.
     Returns (B, h, T, c) and the weights (B, h, T, S). Scores and softmax are fp32: the small rotated part is multiplied
     in fp32, so a score is rounded once, like an expanded one.
     """
@@ -484,7 +518,13 @@ class MLP(nn.Module):
         return by_rows(self.swiglu, x, MLP_ROWS)
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        activate = faster_silu_and_mul(gate, up, silu_and_mul) or silu_and_mul
+        return self.down_proj(activate(gate, up))
+
+
+def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
 
 
 def route(
@@ -502,6 +542,25 @@ def route(
         closed = torch.ones(grouped.shape[:2], dtype=torch.bool, device=choice.device).scatter(1, best, False)
         choice = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
     return choice.topk(top_k, dim=-1, sorted=False).indices
+
+
+def choose_experts(
+    logits: torch.Tensor,
+    bias: torch.Tensor,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (R, E) fp32 to topk_ids (R, K) int64 and topk_weights (R, K) fp32."""
+    scores = logits.sigmoid()  # (R, E)
+    with torch.no_grad():
+        topk_ids = route(scores, bias, top_k, n_group, topk_group)
+    topk_weights = scores.gather(-1, topk_ids)
+    if normalize:
+        topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
+    return topk_ids, topk_weights * scaling
 
 
 def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -528,14 +587,11 @@ class Router(nn.Module):
         """(R, H) to topk_ids (R, K) int64 and topk_weights (R, K) fp32."""
         with torch.autocast(x.device.type, enabled=False):
             # fp32: scores in bf16 tie, and ties swap experts.
-            product = faster_scores(x, self.weight) or linear_fp32
-            scores = product(x, self.weight).sigmoid()  # (R, E)
-        with torch.no_grad():
-            topk_ids = route(scores, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group)
-        topk_weights = scores.gather(-1, topk_ids)
-        if self.norm_topk_prob:
-            topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
-        return topk_ids, topk_weights * self.scaling
+            product = faster_logits(x, self.weight) or linear_fp32
+            logits = product(x, self.weight)  # (R, E)
+        bias, groups = self.e_score_correction_bias, (self.n_group, self.topk_group)
+        choose = faster_route(logits, bias, self.n_group, choose_experts) or choose_experts
+        return choose(logits, bias, self.top_k, *groups, self.norm_topk_prob, self.scaling)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         return apply_keeping_dtype(self, fn, ("e_score_correction_bias",))
@@ -621,19 +677,21 @@ class Decoder(nn.Module):
     ) -> BaseModelOutputWithPast:
         """inputs_embeds (B, T, H) to the normed last hidden state (B, T, H)."""
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
-        shared = {
-            "position_embeddings": self.rotary_emb(position_ids),
-            "attention_mask": causal_mask(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position
-            ),
-            "past_key_values": past_key_values,
-            "cache_position": cache_position,
-        }
+        mask, past_length = causal_mask(
+            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position
+        )
+        shared = OnEachDevice(
+            position_embeddings=self.rotary_emb(position_ids),
+            attention_mask=mask,
+            cache_position=cache_position,
+            lengths=filled_lengths(past_key_values, cache_position, len(inputs_embeds)),
+        )
+        kwargs.update(past_key_values=past_key_values, past_length=past_length)
         all_states: list[Any] = [inputs_embeds]
         all_weights: list[Any] = []
         x = inputs_embeds
         for idx, layer in enumerate(self.layers):
-            x, weights = layer(x, **shared, **kwargs)
+            x, weights = layer(x, **shared.for_layer(layer), **kwargs)
             if debug_nan:
                 check_finite(x, f"layer {idx}")
             if output_hidden_states:
@@ -666,6 +724,16 @@ def check_finite(x: torch.Tensor, where: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- whole model
 
+# What kernels of a GPU are compared with, by operation.
+PLAIN_CODE = {
+    "experts": run_experts,
+    "latent_attention": latent_attention,
+    "rms_norm": rms_norm,
+    "rotate_and_append": rotate_pairs,
+    "route": choose_experts,
+    "silu_and_mul": silu_and_mul,
+}
+
 
 class KimiK25PreTrainedModel(KimiPretrainedMixin, PreTrainedModel):
     """What transformers wants to know about the model: how it is placed, initialised, read and written."""
@@ -679,6 +747,7 @@ class KimiK25PreTrainedModel(KimiPretrainedMixin, PreTrainedModel):
     # The loader keeps these in fp32 itself; said again for tools that look here.
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
     _supports_flash_attn = _supports_flash_attn_2 = _supports_sdpa = _supports_attention_backend = True
+    plain_code = PLAIN_CODE
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
