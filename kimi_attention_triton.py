@@ -32,6 +32,7 @@ for long-context inference", 2023; online softmax: Milakov and Gimelshein, arXiv
 import contextlib
 import math
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,27 @@ class AttentionBlocks(NamedTuple):
     stages: int
 
 
+# Untuned, best first; the rest are for a device or a compiler on which the first fails its test. On Hopper 64 queries of
+# 512 take half the registers of a multiprocessor for their output alone.
+SMALL = AttentionBlocks(16, 32, 4, 2)
+OTHER: tuple[AttentionBlocks, ...] = (SMALL,)
+BY_MAJOR = {9: (AttentionBlocks(64, 64, 8, 2), SMALL)}  # by compute capability
+# With a mask for every query: its tile takes registers too.
+BY_MAJOR_ROWS_MASKED = {9: (AttentionBlocks(64, 64, 8, 2), SMALL)}
+FP32 = (AttentionBlocks(16, 16, 4, 1),)
+
+# Per device what failed its test: keys of `SelfTest`. Filled by who runs the tests, before the first call.
+UNUSABLE: dict[torch.device, set[tuple[torch.dtype, bool, AttentionBlocks]]] = {}
+
+# name, T, mask, lengths: every kind of call that the model makes has compiled code of its own.
+TESTED_PLAIN = (
+    ("one token", 1, "none", False),
+    ("one token, padding", 1, "bool", False),
+    ("one token, lengths", 1, "none", True),
+)
+TESTED_ROWS_MASKED = (("several tokens", 8, "bool", False),)
+
+
 def latent_attention_triton(
     q_latent: torch.Tensor,
     q_pe: torch.Tensor,
@@ -75,7 +97,8 @@ def latent_attention_triton(
     batch, heads, num_new, width = q_latent.shape
     num_total, rope_width = latent.shape[2], k_pe.shape[3]
     check(q_latent, q_pe, latent, k_pe, mask)
-    blocks = blocks or pick_blocks(heads * num_new, q_latent)
+    rows_masked = mask is not None and mask.shape[2] > 1
+    blocks = blocks or pick_blocks(heads * num_new, q_latent, rows_masked)
     row_blocks = triton.cdiv(heads * num_new, blocks.queries)
     splits = num_splits(batch * row_blocks, num_total, q_latent.device)
     dtype = torch.float32 if INTERPRETED and q_latent.dtype == torch.bfloat16 else q_latent.dtype
@@ -110,12 +133,12 @@ def latent_attention_triton(
             heads * num_new,
             num_new,
             num_total,
+            splits,
             scaling * LOG2_E,
-            SPLITS=splits,
             C=width,
             R=rope_width,
             MASK="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
-            MASK_ROWS=mask is not None and mask.shape[2] > 1,
+            MASK_ROWS=rows_masked,
             DTYPE={torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype],
             PRECISION="ieee" if dtype == torch.float32 else "tf32",  # only fp32 products use it
             LOWEST=LOWEST,
@@ -147,9 +170,9 @@ def merge(parts: torch.Tensor, maxima: torch.Tensor, sums: torch.Tensor, output:
         sums,
         output,
         rows,
+        splits,
         C=width,
-        SPLITS=splits,
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK_SPLITS=32,
         BLOCK=block,
         num_warps=1,
     )
@@ -184,24 +207,73 @@ def check(
         raise ValueError(f"mask {tuple(mask.shape)}, expected {(batch, 1, num_new, num_total)}.")
 
 
-def pick_blocks(rows: int, like: torch.Tensor) -> AttentionBlocks:
-    """Untuned. On Hopper 64 queries of 512 take half the registers of a multiprocessor for their output alone."""
-    if like.dtype == torch.float32:
-        return AttentionBlocks(16, 16, 4, 1)
-    hopper = like.is_cuda and torch.cuda.get_device_capability(like.device)[0] == 9
-    most = AttentionBlocks(64, 64, 8, 2) if hopper else AttentionBlocks(16, 32, 4, 2)
-    return most._replace(queries=min(most.queries, max(16, triton.next_power_of_2(rows))))
+def pick_blocks(rows: int, like: torch.Tensor, rows_masked: bool = False) -> AttentionBlocks:
+    """The first usable configuration for `rows` queries a sequence in the dtype and on the device of `like`."""
+    usable = usable_blocks(like.device, like.dtype, rows_masked)
+    if not usable:
+        raise RuntimeError(
+            f"attention on the latent: no configuration of the Triton kernel for {like.dtype} passed its test on {like.device}."
+        )
+    return usable[0]._replace(queries=min(usable[0].queries, max(16, triton.next_power_of_2(rows))))
+
+
+def usable_blocks(device: torch.device, dtype: torch.dtype, rows_masked: bool) -> list[AttentionBlocks]:
+    """The configurations for a device, best first, without those that UNUSABLE lists."""
+    if dtype == torch.float32:
+        table = FP32
+    else:
+        table = (BY_MAJOR_ROWS_MASKED if rows_masked else BY_MAJOR).get(capability_major(device), OTHER)
+    unusable = UNUSABLE.get(device, set())
+    return [blocks for blocks in table if (dtype, rows_masked, blocks) not in unusable]
+
+
+def capability_major(device: torch.device) -> int:
+    """8 for Ampere and Ada, 9 for Hopper, 10 and 12 for Blackwell; 0 for a CPU, which interprets."""
+    return 0 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
+
+
+class SelfTest(NamedTuple):
+    """A call, small, that takes the compiled code which the full model's calls take with one configuration.
+
+    If it fails, `UNUSABLE.setdefault(device, set()).add(key)` and the next configuration serves.
+    """
+
+    name: str
+    num_new: int  # T
+    num_total: int  # S
+    mask: str  # "none"; "bool": a boolean (1, 1, T, S)
+    lengths: bool  # whether to give lengths, (1,) int64
+    key: tuple[torch.dtype, bool, AttentionBlocks]
+
+
+SELF_TEST_SHAPE = (1, 64, 512, 64)  # B, h, c, dr: the full model's
+
+
+def self_test_cases(device: torch.device, dtype: torch.dtype) -> Iterator[SelfTest]:
+    """The configurations in use, each with and without what makes other code of it. After a failure marked in UNUSABLE
+    the generator goes on with what then is in use."""
+    for rows_masked, calls in ((False, TESTED_PLAIN), (True, TESTED_ROWS_MASKED)):
+        tested: set[AttentionBlocks] = set()
+        while (usable := usable_blocks(device, dtype, rows_masked)) and usable[0] not in tested:
+            tested.add(usable[0])
+            for name, num_new, mask, lengths in calls:
+                key = dtype, rows_masked, usable[0]
+                yield SelfTest(f"{name}, {usable[0]}", num_new, 300, mask, lengths, key)
+                if key in UNUSABLE.get(device, set()):
+                    break
 
 
 def num_splits(programs: int, num_total: int, device: torch.device) -> int:
     """Into how many parts the cache is cut, so that `programs` times as many fill the device once."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return min(4, triton.cdiv(num_total, 16))  # the interpreter's, small so that a test has some
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(processors // programs, triton.cdiv(num_total, MIN_KEYS)))
 
 
-@triton.jit
+# What changes from one call to the next must not be part of the compiled code, or generating compiles again and again:
+# Triton compiles anew for integers that are 1 and those that 16 divides. Strides keep that, for 16-byte loads.
+@triton.jit(do_not_specialize=["mask_b", "mask_t", "ROWS", "T", "S", "SPLITS"])
 def partial_kernel(
     q_latent,
     q_pe,
@@ -230,8 +302,8 @@ def partial_kernel(
     ROWS,  # h T
     T,
     S,
+    SPLITS,
     scaling,  # in base 2
-    SPLITS: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
     MASK: tl.constexpr,
@@ -307,24 +379,27 @@ def partial_kernel(
     tl.store(sums + at, total, mask=row < ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS", "SPLITS"])
 def merge_kernel(
     parts,
     maxima,
     sums,
     output,  # (B, ROWS, C)
     ROWS,
+    SPLITS,
     C: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    split = tl.arange(0, BLOCK_SPLITS)
-    at = (batch * SPLITS + split) * ROWS + row
-    highest = tl.max(tl.load(maxima + at, mask=split < SPLITS, other=float("-inf")), axis=0)
+    highests = tl.full((BLOCK_SPLITS,), float("-inf"), dtype=tl.float32)
+    for start in range(0, SPLITS, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        at = (batch * SPLITS + split) * ROWS + row
+        highests = tl.maximum(highests, tl.load(maxima + at, mask=split < SPLITS, other=float("-inf")))
+    highest = tl.max(highests, axis=0)
     merged = tl.zeros((BLOCK,), dtype=tl.float32)
     total = 0.0
     for i in range(SPLITS):

@@ -84,25 +84,43 @@ class PrefillBlocks(NamedTuple):
     stages: int
 
 
+class Decode(NamedTuple):
+    gate_up: DecodeBlocks
+    down: DecodeBlocks
+
+
+class Prefill(NamedTuple):
+    """Serves up to `pairs` pairs per expert on average."""
+
+    pairs: float
+    gate_up: PrefillBlocks
+    down: PrefillBlocks
+
+
 # Untuned. One warp, a group a lane: it reads 512 contiguous bytes of a row, synchronises with no other warp, and hides
 # latency by having many neighbours. With more outputs the compiler wants more registers and fewer warps fit.
-GATE_UP_DECODE = DecodeBlocks(outputs=2, groups=32, warps=1, registers=128)
-DOWN_DECODE = DecodeBlocks(outputs=4, groups=32, warps=1, registers=128)
+DECODE = Decode(
+    DecodeBlocks(outputs=2, groups=32, warps=1, registers=128),
+    DecodeBlocks(outputs=4, groups=32, warps=1, registers=128),
+)
 
-# Untuned: (pairs per expert up to which it serves, gate and up, down). Few pairs leave a layer bound by its weights; many
-# by arithmetic, and then an expert's weights should be unpacked for as many of its pairs as possible.
-PREFILL_HOPPER: tuple[tuple[float, PrefillBlocks, PrefillBlocks], ...] = (
-    (12, PrefillBlocks(16, 64, 16, 4, 3), PrefillBlocks(16, 64, 16, 4, 3)),
-    (24, PrefillBlocks(32, 64, 16, 4, 3), PrefillBlocks(32, 64, 16, 4, 3)),
-    (48, PrefillBlocks(64, 128, 16, 8, 3), PrefillBlocks(64, 128, 16, 8, 3)),
-    (math.inf, PrefillBlocks(128, 128, 16, 8, 3), PrefillBlocks(128, 128, 16, 8, 3)),
+# Untuned. Few pairs leave a layer bound by its weights; many by arithmetic, and then an expert's weights should be
+# unpacked for as many of its pairs as possible.
+PREFILL_HOPPER: tuple[Prefill, ...] = (
+    Prefill(12, PrefillBlocks(16, 64, 16, 4, 3), PrefillBlocks(16, 64, 16, 4, 3)),
+    Prefill(24, PrefillBlocks(32, 64, 16, 4, 3), PrefillBlocks(32, 64, 16, 4, 3)),
+    Prefill(48, PrefillBlocks(64, 128, 16, 8, 3), PrefillBlocks(64, 128, 16, 8, 3)),
+    Prefill(math.inf, PrefillBlocks(128, 128, 16, 8, 3), PrefillBlocks(128, 128, 16, 8, 3)),
 )
 # Other devices have less shared memory (some 99 KiB), and mma.sync keeps its operands in registers.
-PREFILL_OTHER = (
-    (12, PrefillBlocks(16, 64, 16, 4, 2), PrefillBlocks(16, 64, 16, 4, 2)),
-    (math.inf, PrefillBlocks(64, 64, 16, 8, 2), PrefillBlocks(64, 64, 16, 8, 2)),
+PREFILL_OTHER: tuple[Prefill, ...] = (
+    Prefill(12, PrefillBlocks(16, 64, 16, 4, 2), PrefillBlocks(16, 64, 16, 4, 2)),
+    Prefill(math.inf, PrefillBlocks(64, 64, 16, 8, 2), PrefillBlocks(64, 64, 16, 8, 2)),
 )
-PREFILL_FP32 = ((math.inf, PrefillBlocks(16, 32, 8, 4, 1), PrefillBlocks(16, 32, 8, 4, 1)),)
+PREFILL_FP32 = (Prefill(math.inf, PrefillBlocks(16, 32, 8, 4, 1), PrefillBlocks(16, 32, 8, 4, 1)),)
+
+# Per device the configurations, with x's dtype, that failed their test there; whoever runs `self_test_cases` fills it.
+UNUSABLE: dict[torch.device, set[tuple[torch.dtype, Decode | Prefill]]] = {}
 
 
 def run_experts_triton(
@@ -119,7 +137,7 @@ def run_experts_triton(
     """
     check(x, topk_ids, topk_weights, gate, up, down)
     with on_device_of(x):
-        if len(x) <= DECODE_UP_TO:
+        if len(x) <= DECODE_UP_TO and is_usable(x.device, x.dtype, DECODE):
             return run_experts_decode(x, topk_ids, topk_weights, gate, up, down)
         pieces = zip(
             x.split(ROWS_AT_ONCE), topk_ids.split(ROWS_AT_ONCE), topk_weights.split(ROWS_AT_ONCE), strict=True
@@ -171,9 +189,9 @@ def on_device_of(x: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """x's dtype; only Triton's interpreter, which adds bf16 as if they were integers, computes those in fp32."""
-    return torch.float32 if INTERPRETED and x.dtype == torch.bfloat16 else x.dtype
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
 def to_planes(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -380,7 +398,7 @@ def gate_up_decode(
     blocks: DecodeBlocks | None = None,
 ) -> torch.Tensor:
     """x as fp32 planes (R, H) and ids (R, K) to silu(gate) * up of every pair, (R K, I) fp32 planes."""
-    blocks = blocks or GATE_UP_DECODE
+    blocks = blocks or DECODE.gate_up
     (rows, choices), inner, groups = topk_ids.shape, gate[0].shape[1], planes.shape[1] // 32
     hidden = torch.empty((rows * choices, inner), dtype=torch.float32, device=planes.device)
     grid = (triton.cdiv(inner, blocks.outputs), rows * choices)
@@ -410,7 +428,7 @@ def down_decode(
     blocks: DecodeBlocks | None = None,
 ) -> torch.Tensor:
     """Hidden planes (R K, I) fp32, ids and fp32 weights (R, K) to the weighted sum of experts, (R, H) fp32."""
-    blocks = blocks or DOWN_DECODE
+    blocks = blocks or DECODE.down
     (rows, choices), width, groups = topk_ids.shape, down[0].shape[1], hidden.shape[1] // 32
     output = torch.empty((rows, width), dtype=torch.float32, device=hidden.device)
     grid = (triton.cdiv(width, blocks.outputs), rows)
@@ -614,21 +632,66 @@ def run_experts_prefill(
     num_experts = len(gate[0])
     for_gate_up, for_down = blocks or prefill_blocks(topk_ids.numel() / num_experts, x)
     tiles = sort_by_expert(topk_ids, num_experts, for_gate_up.rows)
-    hidden = gate_up_prefill(to_paired(x, compute_dtype(x)), tiles, topk_ids.shape[1], gate, up, for_gate_up)
+    hidden = gate_up_prefill(
+        to_paired(x, compute_dtype(x.dtype)), tiles, topk_ids.shape[1], gate, up, for_gate_up
+    )
     outputs = down_prefill(hidden, tiles, down, for_down._replace(rows=for_gate_up.rows))
     return combine(outputs, topk_weights.float().contiguous())
 
 
 def prefill_blocks(pairs_per_expert: float, x: torch.Tensor) -> tuple[PrefillBlocks, PrefillBlocks]:
-    """The first row of the device's table for the average number of pairs per expert."""
-    table: tuple[tuple[float, PrefillBlocks, PrefillBlocks], ...]
-    if compute_dtype(x) == torch.float32:
+    """The first usable row of the table for the average number of pairs per expert, or the last below it."""
+    usable = usable_prefill(x.device, x.dtype)
+    if not usable:
+        raise RuntimeError(
+            f"int4 experts: no configuration of the Triton kernels for {x.dtype} passed its test on {x.device}."
+        )
+    return next((row for row in usable if pairs_per_expert <= row.pairs), usable[-1])[1:]
+
+
+def usable_prefill(device: torch.device, dtype: torch.dtype) -> list[Prefill]:
+    """The device's table for x's dtype, by rising number of pairs, without what UNUSABLE lists."""
+    if compute_dtype(dtype) == torch.float32:
         table = PREFILL_FP32
-    elif x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9:
-        table = PREFILL_HOPPER
     else:
-        table = PREFILL_OTHER
-    return next((gate_up, down) for most, gate_up, down in table if pairs_per_expert <= most)
+        table = PREFILL_HOPPER if capability_major(device) == 9 else PREFILL_OTHER
+    return [row for row in table if is_usable(device, dtype, row)]
+
+
+def is_usable(device: torch.device, dtype: torch.dtype, row: Decode | Prefill) -> bool:
+    return (dtype, row) not in UNUSABLE.get(device, set())
+
+
+def capability_major(device: torch.device) -> int:
+    """8 for Ampere and Ada, 9 for Hopper, 10 and 12 for Blackwell; 0 for a CPU, which interprets."""
+    return 0 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
+
+
+class SelfTest(NamedTuple):
+    """`rows` of x for a layer of SELF_TEST_SHAPE take the compiled code that one configuration gives the full model.
+
+    If they come out wrong, `UNUSABLE.setdefault(device, set()).add(key)` and another configuration serves.
+    """
+
+    name: str
+    rows: int
+    key: tuple[torch.dtype, Decode | Prefill]
+
+
+# E, H, I, K. Small, but each as divisible by 16 as in the full model, with 32 groups for decode's blocks.
+SELF_TEST_SHAPE = (16, 1024, 1024, 8)
+
+
+def self_test_cases(device: torch.device, dtype: torch.dtype) -> Iterator[SelfTest]:
+    """One case for each usable configuration; x in `dtype`."""
+    experts, _, _, choices = SELF_TEST_SHAPE
+    if is_usable(device, dtype, DECODE):
+        yield SelfTest(f"decode {DECODE}", 1, (dtype, DECODE))
+    rows = DECODE_UP_TO
+    for row in usable_prefill(device, dtype):
+        most = rows + 1 if row.pairs == math.inf else int(row.pairs * experts / choices)
+        rows = max(most, rows + 1)
+        yield SelfTest(f"prefill {row}", rows, (dtype, row))
 
 
 def gate_up_prefill(

@@ -9,7 +9,13 @@ triton = pytest.importorskip("triton", reason="triton is not installed (make tes
 
 from builders import assert_close, compile_without_a_gpu, skip_unless_interpretable  # noqa: E402
 from kimi import kimi_attention_triton  # noqa: E402
-from kimi.kimi_attention_triton import AttentionBlocks, latent_attention_triton, num_splits  # noqa: E402
+from kimi.kimi_attention_triton import (  # noqa: E402
+    AttentionBlocks,
+    latent_attention_triton,
+    num_splits,
+    pick_blocks,
+    self_test_cases,
+)
 from kimi.kimi_cache import readable_mask  # noqa: E402
 from kimi.modeling_kimi import latent_attention  # noqa: E402
 
@@ -147,6 +153,22 @@ def test_splits_fill_the_device_but_stay_long(monkeypatch):
     assert num_splits(200, 131072, cuda) == 1
 
 
+@pytest.mark.parametrize("rows_masked", [False, True])
+def test_unusable_configurations_are_skipped(rows_masked, monkeypatch):
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
+    unusable = set()
+    monkeypatch.setattr(kimi_attention_triton, "UNUSABLE", {device: unusable})
+    monkeypatch.setattr(kimi_attention_triton, "capability_major", lambda device: 9)
+    like, tried = torch.empty(0, dtype=torch.float16, device=device), []
+    for case in self_test_cases(device, like.dtype):  # all fail
+        assert case.key == (like.dtype, case.num_new > 1, pick_blocks(64, like, case.num_new > 1))
+        tried.append(case.key)
+        unusable.add(case.key)
+    assert len(tried) == len(set(tried)) == 4  # two each, with and without a mask for every query
+    with pytest.raises(RuntimeError, match=r"no configuration of the Triton kernel for torch.float16 passed"):
+        pick_blocks(64, like, rows_masked)
+
+
 def test_views_as_queries():
     q_latent, q_pe, latent, k_pe = tensors(new=2)
     q_latent = q_latent.transpose(1, 2).contiguous().transpose(1, 2)
@@ -207,7 +229,7 @@ from kimi import kimi_attention_triton as k
 arch = int(sys.argv[1])
 blocks = k.AttentionBlocks(64, 64, 8, 2) if arch == 90 else k.AttentionBlocks(16, 32, 4, 2)
 kernel = k.partial_kernel
-constants = dict(SPLITS=16, C=512, R=64, MASK="bool", MASK_ROWS=False, DTYPE=tl.bfloat16, PRECISION="tf32",
+constants = dict(C=512, R=64, MASK="bool", MASK_ROWS=False, DTYPE=tl.bfloat16, PRECISION="tf32",
                  LOWEST=k.LOWEST, LOG2_E=k.LOG2_E, BLOCK_M=blocks.queries, BLOCK_S=blocks.keys, BLOCK_C=512,
                  BLOCK_R=64, lengths=None, q_latent_c=1, q_pe_r=1, T=1, mask_s=1)
 types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("q_latent", "q_pe", "latent", "k_pe"), "*bf16")

@@ -14,18 +14,25 @@ from kimi import kimi_int4_triton  # noqa: E402
 from kimi.kimi_experts import ExpertMatrices, run_experts  # noqa: E402
 from kimi.kimi_int4 import pack_int4  # noqa: E402
 from kimi.kimi_int4_triton import (  # noqa: E402
+    SELF_TEST_SHAPE,
+    Decode,
     DecodeBlocks,
+    Prefill,
     PrefillBlocks,
+    prefill_blocks,
     run_experts_decode,
     run_experts_prefill,
     run_experts_triton,
+    self_test_cases,
     sort_by_expert,
     to_paired,
     to_planes,
+    usable_prefill,
 )
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = Prefill(float("inf"), PrefillBlocks(16, 64, 8, 4, 2), PrefillBlocks(16, 64, 8, 4, 2))
 PATHS = [run_experts_decode, run_experts_prefill]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -39,11 +46,10 @@ def interpreter_works():
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks smaller than the sizes below and no divisors of them: loops run more than once, every edge is ragged."""
-    monkeypatch.setattr(kimi_int4_triton, "GATE_UP_DECODE", DecodeBlocks(64, 2, 1, 128))
-    monkeypatch.setattr(kimi_int4_triton, "DOWN_DECODE", DecodeBlocks(64, 2, 1, 128))
-    small = (float("inf"), PrefillBlocks(16, 64, 8, 4, 2), PrefillBlocks(16, 64, 8, 4, 2))
+    few = DecodeBlocks(64, 2, 1, 128)
+    monkeypatch.setattr(kimi_int4_triton, "DECODE", Decode(few, few))
     for table in ("PREFILL_FP32", "PREFILL_OTHER", "PREFILL_HOPPER"):
-        monkeypatch.setattr(kimi_int4_triton, table, (small,))
+        monkeypatch.setattr(kimi_int4_triton, table, (SMALL,))
 
 
 def random_matrices(experts, outputs, inputs, generator, scale_dtype=torch.bfloat16):
@@ -193,6 +199,47 @@ def test_repeats_bit_for_bit(path):
     assert torch.equal(path(*inputs, *matrices), path(*inputs, *matrices))
 
 
+# ---------------------------------------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize("major", [8, 9, 10, 12])
+def test_self_tests_choose_every_configuration(major, monkeypatch):
+    monkeypatch.undo()  # the blocks of the file
+    monkeypatch.setattr(kimi_int4_triton, "capability_major", lambda device: major)
+    experts, _, _, choices = SELF_TEST_SHAPE
+    x = torch.empty(0, dtype=torch.float16, device=DEVICE)
+    decode, *prefill = self_test_cases(x.device, x.dtype)
+    assert decode.rows <= kimi_int4_triton.DECODE_UP_TO and decode.key == (x.dtype, kimi_int4_triton.DECODE)
+    assert [case.key[1] for case in prefill] == usable_prefill(x.device, x.dtype)
+    for case in prefill:
+        assert case.rows > kimi_int4_triton.DECODE_UP_TO
+        assert prefill_blocks(case.rows * choices / experts, x) == case.key[1][1:]
+
+
+def test_unusable_configurations_are_skipped(monkeypatch):
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
+    unusable = set()
+    monkeypatch.setattr(kimi_int4_triton, "UNUSABLE", {device: unusable})
+    monkeypatch.setattr(
+        kimi_int4_triton, "run_experts_decode", lambda *args: pytest.fail("decode is not usable")
+    )
+    inputs, matrices = batch(2), layer()
+    decode, *_ = self_test_cases(device, torch.float32)
+    unusable.add(decode.key)
+    check(run_experts_triton, inputs, matrices)
+    first, second = Prefill(2, *SMALL[1:]), Prefill(9, *SMALL[1:])
+    monkeypatch.setattr(kimi_int4_triton, "PREFILL_FP32", (first, second))
+    assert usable_prefill(device, torch.float32) == [first, second]
+    unusable.add((torch.float32, second))
+    assert usable_prefill(device, torch.float32) == [first]
+    assert prefill_blocks(100, inputs[0]) == first[1:]  # the last below is better than none
+    unusable.add((torch.float32, first))
+    with pytest.raises(
+        RuntimeError, match=r"no configuration of the Triton kernels for torch.float32 passed"
+    ):
+        run_experts_triton(*inputs, *matrices)
+
+
 # ---------------------------------------------------------------------------------------------------------- layouts
 
 
@@ -292,7 +339,7 @@ def build(kernel, arch, warps, stages=3, registers=None, act="*bf16", **constant
     return code
 
 arch = int(sys.argv[1])
-for kernel, blocks in ((k.gate_up_decode_kernel, k.GATE_UP_DECODE), (k.down_decode_kernel, k.DOWN_DECODE)):
+for kernel, blocks in ((k.gate_up_decode_kernel, k.DECODE.gate_up), (k.down_decode_kernel, k.DECODE.down)):
     code = build(kernel, arch, blocks.warps, registers=blocks.registers, act="*fp32", BLOCK_N=blocks.outputs,
                  BLOCK_G=blocks.groups)
     ptx = code.asm["ptx"]
