@@ -11,6 +11,7 @@ The formulas are plain torch, in `modeling_kimi.py` and `kimi_experts.py`. There
     ... its choice              faster_route                                            route_triton
     RMSNorm                     faster_rms_norm             rms_norm_bf16               rms_norm_triton
     silu(gate) * up             faster_silu_and_mul                                     silu_and_mul_triton
+    experts + shared expert     faster_add_rounded                                      add_rounded_triton
     rotation                    faster_rotary               rotary_bf16
     ... and the cache's growth  faster_rotate_and_append                                rotate_and_append_triton
     absorbed attention, whole   faster_absorb               absorb
@@ -58,6 +59,7 @@ from .kimi_sizes import LARGEST_WORKSPACE_BYTES, WORKSPACE_BYTES
 
 if NO_TRITON is None:
     from .kimi_gpu import (
+        add_rounded_triton,
         latent_attention_triton,
         rms_norm_triton,
         rotate_and_append_triton,
@@ -131,7 +133,9 @@ def use_gpu_kernel(operation: str, plain: Callable, *tensors: torch.Tensor) -> b
     if not first.is_cuda or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return False
     alike = all(t.dtype == first.dtype and t.device == first.device and t.numel() for t in tensors)
-    return alike and not is_recorded(*tensors) and why_not(operation, first.device, first.dtype, plain) is None
+    return (
+        alike and not is_recorded(*tensors) and why_not(operation, first.device, first.dtype, plain) is None
+    )
 
 
 def faster_rms_norm(
@@ -151,6 +155,15 @@ def faster_silu_and_mul(
     """For `plain(gate, up)`, of one shape."""
     fits = gate.is_cuda and gate.is_contiguous() and up.is_contiguous()
     return silu_and_mul_triton if fits and use_gpu_kernel("silu_and_mul", plain, gate, up) else None
+
+
+def faster_add_rounded(
+    wide: torch.Tensor, other: torch.Tensor, plain: Callable
+) -> Callable[..., torch.Tensor] | None:
+    """For `plain(wide, other)`, of one shape, `wide` in fp32."""
+    fits = other.is_cuda and wide.device == other.device and wide.is_contiguous() and other.is_contiguous()
+    fits = fits and wide.dtype == torch.float32 and not is_recorded(wide)
+    return add_rounded_triton if fits and use_gpu_kernel("add_rounded", plain, other) else None
 
 
 def faster_route(
@@ -524,8 +537,10 @@ def _routed_experts(
     down_scale: torch.Tensor,
 ) -> torch.Tensor:
     run = run_experts_triton if x.is_cuda else run_experts_cpu
-    matrices = (gate, gate_scale), (up, up_scale), (down, down_scale)
-    return run(x, topk_ids, topk_weights, *(ExpertMatrices(*matrix) for matrix in matrices))
+    gate_up_down: Any = [
+        ExpertMatrices(*pair) for pair in ((gate, gate_scale), (up, up_scale), (down, down_scale))
+    ]
+    return run(x, topk_ids, topk_weights, *gate_up_down)
 
 
 experts_operator = operator(
@@ -614,7 +629,11 @@ def query_slices(q: torch.Tensor, num_total: int, attend: Callable | None = None
     """All T new tokens of q (B, h, T, d), as many at a time as have scores against S tokens that fit the workspace; all
     at once for a kernel that stores no scores."""
     num_new = q.shape[2]
-    if num_new == 1 or (attend is not None and attend is not latent_attention_sdpa):
+    if (
+        num_new == 1
+        or attend is latent_attention_whole
+        or (NO_TRITON is None and attend is latent_attention_triton)
+    ):
         return [slice(0, num_new)]
     step = queries_at_once(q, num_total)
     return [slice(start, start + step) for start in range(0, num_new, step)]

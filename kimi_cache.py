@@ -137,8 +137,9 @@ def reserve(cache: Cache | None, layer_idx: int, latent: torch.Tensor, k_pe: tor
     """Room for T tokens, (B, 1, T, c) and (B, 1, T, dr), that the caller writes there itself; None where the cache has to
     be given them."""
     layer = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
-    whole = type(cache) is DynamicCache and type(layer) is LatentLayer and not cache.offloading
-    return layer.reserve(latent, k_pe) if whole and not is_recorded(latent, k_pe) else None
+    if type(cache) is not DynamicCache or cache.offloading or type(layer) is not LatentLayer:
+        return None
+    return None if is_recorded(latent, k_pe) else layer.reserve(latent, k_pe)
 
 
 def cached_length(cache: Cache | None) -> int | torch.Tensor:
@@ -229,12 +230,20 @@ def padding_mask(padding: torch.Tensor, inputs_embeds: torch.Tensor, past_length
     seen = F.pad(seen, (0, num_total - seen.shape[1]))[:, None, None]
     if num_new == 1:
         return seen
-    return seen & lower_right(num_new, num_total)._materialize(inputs_embeds.device)
+    return seen & all_before(num_new, num_total, past_length, inputs_embeds.device)
 
 
-def lower_right(num_new: int, num_total: int) -> torch.Tensor:
-    """The causal mask (T, S) of the last T of S tokens as torch's SDPA knows it without being given its values."""
-    return causal_lower_right(num_new, num_total)
+def all_before(num_new: int, num_total: int, past_length: int, device: torch.device) -> torch.Tensor:
+    """(T, S) True where a key is not after its query; `past_length` keys precede the first query."""
+    return torch.ones(num_new, num_total, dtype=torch.bool, device=device).tril(past_length)
+
+
+def lower_right(num_new: int, num_total: int, device: torch.device) -> torch.Tensor:
+    """The causal mask (T, S) of the last T of S tokens, as torch's SDPA knows it without being given its values."""
+    try:
+        return causal_lower_right(num_new, num_total)
+    except RuntimeError:  # under a mode that replaces tensors (fake ones), which it does not support
+        return all_before(num_new, num_total, num_total - num_new, device)
 
 
 def filled_lengths(
@@ -289,9 +298,8 @@ def readable_mask(
         return mask[..., :num_total]
     causal = None
     if num_new > 1:
-        ones = torch.ones(num_new, num_total, dtype=torch.bool, device=device)
         before = past_length or (num_total - num_new if flash else 0)
-        causal = ones.tril(before)[None, None]
+        causal = all_before(num_new, num_total, before, device)[None, None]
     if mask is None:
         return causal
     padding = mask[:, None, None, :num_total].bool()

@@ -12,20 +12,27 @@ thereby compiled and in its cache.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from .kimi_int4 import ExpertMatrices
+from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, ExpertMatrices
 
 NO_TRITON: str | None = None
 try:
-    from .kimi_attention_triton import latent_attention_triton
-    from .kimi_int4_triton import run_experts_triton
+    from .kimi_attention_triton import SELF_TEST_SHAPE as ATTENTION_SHAPE
+    from .kimi_attention_triton import UNUSABLE as UNUSABLE_ATTENTION
+    from .kimi_attention_triton import latent_attention_triton, usable_blocks
+    from .kimi_attention_triton import self_test_cases as attention_cases
+    from .kimi_int4_triton import SELF_TEST_SHAPE as EXPERTS_SHAPE
+    from .kimi_int4_triton import UNUSABLE as UNUSABLE_EXPERTS
+    from .kimi_int4_triton import run_experts_triton, usable_prefill
+    from .kimi_int4_triton import self_test_cases as experts_cases
     from .kimi_layer_triton import (
+        add_rounded_triton,
         rms_norm_triton,
         rotate_and_append_triton,
         route_triton,
@@ -38,9 +45,7 @@ logger = logging.get_logger(__name__)
 
 Reference = Callable[..., Any]  # the plain code of an operation
 LARGEST_ERROR = 0.05  # of a kernel's output against the plain code's, as a share of the largest value
-NOT_TRIED = (
-    "its kernels were not tried on this device before; load the model there with from_pretrained, or move it with .to()"
-)
+NOT_TRIED = "its kernels were not tried on this device before; load the model there with from_pretrained, or move it with .to()"
 
 # ---------------------------------------------------------------------------------------------------------- self-tests
 
@@ -70,7 +75,7 @@ def finding(operation: str, device: str, dtype: torch.dtype) -> str | None:
 
 def prepare(device: torch.device, dtype: torch.dtype, plain_code: Mapping[str, Reference]) -> None:
     """Tries the kernels of all operations on a device, where that was not done before. `plain_code` by operation."""
-    if device.type == "cuda" and dtype in DTYPES:
+    if device.type == "cuda" and dtype in KERNEL_DTYPES:
         for operation, plain in plain_code.items():
             why_not(operation, device, dtype, plain)
 
@@ -96,6 +101,64 @@ def check_agreement(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
         raise ArithmeticError(f"{what} differs by {wrong:.3g} of the largest value")
 
 
+def each_case(cases: Iterable[Any], unusable: set, device: torch.device, run: Callable[[Any], None]) -> None:
+    """Runs the cases of a kernel file's tables; a configuration that fails is not used any more, and others serve."""
+    for case in cases:
+        try:
+            run(case)
+        except Exception as problem:
+            unusable.add(case.key)
+            logger.warning(f"{case.name} is not used on {device} ({type(problem).__name__}: {problem})")
+
+
+def try_experts(device: torch.device, dtype: torch.dtype, plain: Reference) -> None:
+    experts, width, inner, choices = EXPERTS_SHAPE
+    generator = torch.Generator("cpu").manual_seed(0)
+    matrices: list[Any] = []
+    for outputs, inputs in ((inner, width), (inner, width), (width, inner)):
+        size = experts, outputs, inputs // CODES_PER_WORD
+        words = torch.randint(-(2**31), 2**31, size, generator=generator, dtype=torch.int64).int()
+        scales = torch.rand(experts, outputs, inputs // GROUP_SIZE, generator=generator, dtype=torch.float32)
+        matrices.append(ExpertMatrices(words.to(device), (scales * 0.01).bfloat16().to(device)))
+
+    def run(case: Any) -> None:
+        x, order = random(case.rows, width).to(device, dtype), random(case.rows, experts, seed=1)
+        ids = order.argsort(dim=-1)[:, :choices].to(device)
+        weights = random(case.rows, choices, seed=2).abs().to(device)
+        want = plain(x, ids, weights, *matrices)
+        check_agreement(run_experts_triton(x, ids, weights, *matrices), want, f"{case.rows} rows")
+
+    each_case(experts_cases(device, dtype), UNUSABLE_EXPERTS.setdefault(device, set()), device, run)
+    if not usable_prefill(device, dtype):
+        raise ArithmeticError("no configuration for many rows works")
+
+
+def try_latent_attention(device: torch.device, dtype: torch.dtype, plain: Reference) -> None:
+    batch, heads, width, rope = ATTENTION_SHAPE
+
+    def run(case: Any) -> None:
+        new, total = case.num_new, case.num_total
+        shapes = (
+            (batch, heads, new, width),
+            (batch, heads, new, rope),
+            (batch, 1, total, width),
+            (batch, 1, total, rope),
+        )
+        tensors: Any = [random(*shape, seed=seed).to(device, dtype) for seed, shape in enumerate(shapes)]
+        filled = total - 50 if case.lengths else total
+        seen = torch.ones(new, total, dtype=torch.bool).tril(filled - new)[None, None].to(device)
+        want, _ = plain(*tensors, seen, 0.05)
+        lengths = torch.tensor([filled]).to(device) if case.lengths else None
+        got, _ = latent_attention_triton(*tensors, seen if case.mask == "bool" else None, 0.05, lengths)
+        if case.mask == "bool" or new == 1:  # or else the last tokens see what they should not
+            check_agreement(got, want, case.name)
+
+    each_case(attention_cases(device, dtype), UNUSABLE_ATTENTION.setdefault(device, set()), device, run)
+    for rows_masked in (False, True):
+        if not usable_blocks(device, dtype, rows_masked):
+            raise ArithmeticError("no configuration works")
+
+
 def try_rms_norm(device: torch.device, dtype: torch.dtype, plain: Reference) -> None:
     x, weight = random(3, 7168).to(device, dtype), random(7168, seed=1).to(device, dtype)
     check_agreement(rms_norm_triton(x, weight, 1e-5), plain(x, weight, 1e-5), "the norm")
@@ -104,6 +167,11 @@ def try_rms_norm(device: torch.device, dtype: torch.dtype, plain: Reference) -> 
 def try_silu_and_mul(device: torch.device, dtype: torch.dtype, plain: Reference) -> None:
     gate, up = (random(3, 2048, seed=seed).to(device, dtype) for seed in range(2))
     check_agreement(silu_and_mul_triton(gate, up), plain(gate, up), "the product")
+
+
+def try_add_rounded(device: torch.device, dtype: torch.dtype, plain: Reference) -> None:
+    wide, other = random(3, 2048).to(device), random(3, 2048, seed=1).to(device, dtype)
+    check_agreement(add_rounded_triton(wide, other), plain(wide, other), "the sum")
 
 
 def try_route(device: torch.device, dtype: torch.dtype, plain: Reference) -> None:
@@ -129,12 +197,13 @@ def try_rotate_and_append(device: torch.device, dtype: torch.dtype, plain: Refer
 SELF_TESTS: dict[str, Callable[[torch.device, torch.dtype, Reference], str | None]] = {
     "experts": try_experts,
     "latent_attention": try_latent_attention,
+    "add_rounded": try_add_rounded,
     "rms_norm": try_rms_norm,
     "silu_and_mul": try_silu_and_mul,
     "route": try_route,
     "rotate_and_append": try_rotate_and_append,
 }
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # ------------------------------------------------------------------------------------------------------------ operators
 

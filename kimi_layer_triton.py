@@ -8,6 +8,7 @@ with experts takes some eighty; with these, and the kernels for attention and ex
     rotate_and_append  rotate_pairs of q_pe and k_pe, and the cache's copies  18
     route              sigmoid, bias, top-k, weights                      8
     silu_and_mul       F.silu(gate) * up                                  2
+    add_rounded        experts' fp32 sum .to(bf16), + shared expert       2
 
 Letters: B sequences, h heads, T new tokens, dr = qk_rope_head_dim, c = kv_lora_rank, R rows, E experts, K per row.
 
@@ -16,6 +17,7 @@ environment before this file is imported runs them on the CPU, slowly.
 """
 
 import contextlib
+import os
 
 import torch
 
@@ -25,7 +27,7 @@ try:  # inside `try`, the remote-code loader does not take triton for a hard req
 except ImportError:
     raise
 
-WIDEST_NORM = 16384  # values of a row that one program of rms_norm holds
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 HEADS_AT_ONCE = 16  # of a program of rotate_and_append
 
 
@@ -81,6 +83,22 @@ def silu_and_mul_kernel(gate, up, output, COUNT, BLOCK: tl.constexpr):
     u = tl.load(up + i, mask=i < COUNT, other=0.0).to(tl.float32)
     activated = (g * tl.sigmoid(g)).to(output.dtype.element_ty).to(tl.float32)
     tl.store(output + i, (activated * u).to(output.dtype.element_ty), mask=i < COUNT)
+
+
+def add_rounded_triton(wide: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`wide` rounded to the dtype of `other`, plus `other`; both contiguous and of one shape."""
+    output, count, block = torch.empty_like(other), other.numel(), 1024
+    with on_device_of(other):
+        add_rounded_kernel[(triton.cdiv(count, block),)](wide, other, output, count, BLOCK=block)
+    return output
+
+
+@triton.jit
+def add_rounded_kernel(wide, other, output, COUNT, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rounded = tl.load(wide + i, mask=i < COUNT, other=0.0).to(output.dtype.element_ty).to(tl.float32)
+    total = rounded + tl.load(other + i, mask=i < COUNT, other=0.0).to(tl.float32)
+    tl.store(output + i, total.to(output.dtype.element_ty), mask=i < COUNT)
 
 
 def route_triton(
@@ -192,7 +210,9 @@ def rotate_and_append_triton(
 
 
 # What varies while a sequence grows is not specialised on: each such value would compile the kernel anew.
-@triton.jit(do_not_specialize=["latent_place_b", "k_pe_place_b", "T", "q_b", "latent_b", "k_pe_b", "q_h", "q_t"])
+@triton.jit(
+    do_not_specialize=["latent_place_b", "k_pe_place_b", "T", "q_b", "latent_b", "k_pe_b", "q_h", "q_t"]
+)
 def rotate_and_append_kernel(
     q_pe,
     latent,

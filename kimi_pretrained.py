@@ -39,7 +39,23 @@ Model = TypeVar("Model", bound="KimiPretrainedMixin")
 class KimiPretrainedMixin(Base):
     """Reads and writes a model whose experts are stacked; see the top of this file."""
 
+    language_model: Any
     plain_code: Mapping[str, Callable] = MappingProxyType({})  # what kernels are compared with, by operation
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.lm_head = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.model
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Logical weights: an int4 expert counts its codes, not its words, scales and shapes."""

@@ -45,7 +45,6 @@ Names of modules and parameters are the checkpoint's. Sources: DeepSeek-V2 (arXi
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -66,6 +65,7 @@ from .kimi_backends import (
     choose_path,
     expanded_head_slices,
     faster_absorb,
+    faster_add_rounded,
     faster_expanded_attention,
     faster_latent_attention,
     faster_linear,
@@ -83,7 +83,6 @@ from .kimi_cache import (
     append,
     cached_length,
     causal_mask,
-    count_positions,
     filled_lengths,
     lower_right,
     new_cache,
@@ -92,10 +91,10 @@ from .kimi_cache import (
     restore,
 )
 from .kimi_experts import Experts, apply_keeping_dtype, run_experts
-from .kimi_generation import KimiGenerationMixin, check_counts, check_ids, check_length
+from .kimi_generation import KimiGenerationMixin, check_ids
 from .kimi_pool import pool_experts
 from .kimi_pretrained import KimiPretrainedMixin, OnEachDevice, only_moves_inputs
-from .kimi_usage import MemoryReport, Routing, memory_report, recorded_routing
+from .kimi_usage import KimiUsageMixin
 from .kimi_vision import MoonViT, PatchMergerProjector, PositionEmbedding
 
 if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point names itself
@@ -288,9 +287,9 @@ class MLA(nn.Module):
         larger cache are there.
         """
         q_nope, q_pe = self.queries(hidden_states)
-        latent, k_pe = self.latents(hidden_states)
+        new = q_pe, *self.latents(hidden_states)
         q_pe, latent, k_pe = self.rotate_and_append(
-            q_pe, latent, k_pe, position_embeddings, past_key_values, cache_position
+            *new, position_embeddings, past_key_values, cache_position
         )
         path = choose_path(self.config.mla_path, q_nope.shape[2], latent.shape[2], latent.device.type)
         attend = self.absorb if path == "absorb" else self.expand
@@ -391,7 +390,7 @@ class MLA(nn.Module):
         Arguments and result as those of `absorb`.
         """
         if attention_mask is None and past_length:
-            attention_mask = lower_right(q_nope.shape[2], latent.shape[2])
+            attention_mask = lower_right(q_nope.shape[2], latent.shape[2], latent.device)
         how = self.config._attn_implementation, self.dropout()
         parts = expanded_head_slices(*how, q_nope, q_pe, latent, k_pe, self.v_dim, attention_mask)
         if len(parts) == 1:
@@ -615,8 +614,14 @@ class MoE(nn.Module):
         topk_ids, topk_weights = self.gate(flat)
         self.experts.prefetch(topk_ids)
         shared = self.shared_experts(x)
-        routed = self.experts(flat, topk_ids, topk_weights).to(x.dtype)
-        return routed.view_as(x) + shared
+        routed = self.experts(flat, topk_ids, topk_weights).view_as(x)
+        add = faster_add_rounded(routed, shared, add_rounded) or add_rounded
+        return add(routed, shared)
+
+
+def add_rounded(wide: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A sum in fp32 rounded to the other's dtype, plus the other."""
+    return wide.to(other.dtype) + other
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -726,6 +731,7 @@ def check_finite(x: torch.Tensor, where: str) -> None:
 
 # What kernels of a GPU are compared with, by operation.
 PLAIN_CODE = {
+    "add_rounded": add_rounded,
     "experts": run_experts,
     "latent_attention": latent_attention,
     "rms_norm": rms_norm,
@@ -766,7 +772,7 @@ class KimiK25PreTrainedModel(KimiPretrainedMixin, PreTrainedModel):
             nn.init.zeros_(bias)
 
 
-class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixin):
+class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiUsageMixin, KimiGenerationMixin):
     """The whole model: MoonViT, projector, language model."""
 
     def __init__(self, config: KimiK25Config):
@@ -782,21 +788,6 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
         self.language_model = CausalLM(config.text_config)
         self.expert_pool = pool_experts(self, config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.lm_head = new_embeddings
-
-    def get_decoder(self) -> nn.Module:
-        return self.language_model.model
 
     @can_return_tuple
     def forward(
@@ -866,19 +857,6 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
             attentions=outputs.attentions,
         )
 
-    def memory_report(self, past_key_values: Cache | None = None) -> MemoryReport:
-        """Bytes by device: weights, experts in the pool, the given cache; the pool's hit rate and bytes read."""
-        return memory_report(self, past_key_values)
-
-    def collect_routing(self) -> AbstractContextManager[Routing]:
-        """`with model.collect_routing() as routing:` counts how often each expert of each layer is chosen."""
-        return recorded_routing(self)
-
-    def warm_experts(self, routing: Routing) -> int:
-        """Reads the experts that `routing` counted most into the pool, as many as fit; returns how many. 0 without a
-        pool, where all are in memory."""
-        return self.expert_pool.warm(routing.by_layer()) if self.expert_pool else 0
-
     def get_image_features(self, pixel_values: torch.Tensor, grid_thws: torch.Tensor) -> list[torch.Tensor]:
         """(P, 3, 14, 14) and (N, 3) to N tensors (tokens of the item, H); an item is an image or a chunk of a video."""
         return self.mm_projector(self.vision_tower(pixel_values, grid_thws))
@@ -914,23 +892,6 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
             return inputs_embeds
         return self._insert_media(input_ids, inputs_embeds, pixel_values, grid_thws)
 
-    def _positions(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        past_length: int | torch.Tensor,
-        cache_position: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions (B or 1, T) of the new tokens, and where (T,) they go in the cache. Refuses too many of them."""
-        num_tokens = inputs_embeds.shape[1]
-        check_length(past_length, num_tokens, self.config.text_config.max_position_embeddings)
-        if cache_position is None:
-            cache_position = torch.arange(num_tokens, device=inputs_embeds.device) + past_length
-        if position_ids is None:
-            position_ids = count_positions(attention_mask, cache_position)
-        return position_ids, cache_position
-
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.FloatTensor:
         return self.loss_function(
             logits=logits,
@@ -939,23 +900,3 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
             ignore_index=self.config.ignore_index,
             **{key: kwargs[key] for key in ("num_items_in_batch",) if key in kwargs},
         )
-
-    def _insert_media(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        pixel_values: torch.Tensor,
-        grid_thws: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Puts the vision features in the places of `<|media_pad|>`, in order; the length never changes."""
-        if input_ids is None:
-            raise ValueError(
-                "pixel_values need input_ids, whose <|media_pad|> tokens say where the features go."
-            )
-        if grid_thws is None:
-            raise ValueError("pixel_values need grid_thws, (N, 3) frames, rows and columns of each item.")
-        items = self.get_image_features(pixel_values, grid_thws)
-        places = input_ids == self.config.media_placeholder_token_id  # (B, T)
-        check_counts(places, [len(item) for item in items], grid_thws.tolist())
-        features = torch.cat(items).to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(places.unsqueeze(-1), features)

@@ -9,7 +9,10 @@ and the copies between devices, or the error. A process of its own, since it pre
 import collections
 import contextlib
 import ctypes
+import inspect
+import itertools
 import json
+import re
 import sys
 import traceback
 import types
@@ -25,7 +28,7 @@ class Kernel:
     """What @triton.jit makes of a function here: a launch checks that its tensors are on one device, and is counted."""
 
     def __init__(self, function):
-        self.name = function.__name__
+        self.name, self.parameters = function.__name__, list(inspect.signature(function).parameters)
 
     def __getitem__(self, grid):
         return self.launch
@@ -33,7 +36,9 @@ class Kernel:
     def launch(self, *args, **constants):
         devices = {str(value.device) for value in args if hasattr(value, "device")}
         assert len(devices) == 1, f"{self.name} got tensors on {sorted(devices)}"
+        given = dict(zip(self.parameters, args, strict=False))
         LAUNCHES[self.name] += 1
+        LAUNCHES[f"{self.name} with lengths"] += given.get("lengths") is not None
 
 
 @contextlib.contextmanager
@@ -67,6 +72,7 @@ def pretend_cuda(guard):
 
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
 import transformers  # noqa: E402
 from accelerate.hooks import attach_align_device_hook_on_blocks  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
@@ -74,19 +80,19 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
 with pretended_triton():
-    import kimi.kimi_attention_triton
-    import kimi.kimi_int4_triton  # noqa: F401
+    from kimi import kimi_gpu
 
-from kimi import kimi_backends  # noqa: E402
+from kimi import kimi_vision  # noqa: E402
 from kimi.configuration_kimi import KimiK25Config  # noqa: E402
 from kimi.kimi_cache import append, new_cache  # noqa: E402
 from kimi.kimi_pretrained import set_stacked_names  # noqa: E402
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration  # noqa: E402
 
-NO_WORK = set(
-    """view _unsafe_view transpose permute slice select expand unsqueeze squeeze split split_with_sizes t detach alias
-    unbind as_strided reshape _reshape_alias unflatten lift_fresh empty empty_like new_empty empty_strided
-    new_empty_strided view_as_real view_as_complex unfold narrow is_same_size resize_ sym_size""".split()
+# Views, memory, and questions about a tensor: nothing runs.
+NO_WORK = re.compile(
+    "(_unsafe_)?view(_as_real|_as_complex)?|transpose|permute|slice|select|expand|(un)?squeeze|split(_with_sizes)?|t"
+    "|detach|alias|unbind|as_strided|_?reshape(_alias)?|unflatten|lift_fresh|(new_)?empty(_like|_strided)?|unfold"
+    "|narrow|is_same_size|resize_|sym_size|device"
 )
 WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "bincount", "masked_select", "is_nonzero", "equal"}
 
@@ -105,7 +111,7 @@ class Count(TorchDispatchMode):
         tensors = given + [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         devices = {str(t.device) for t in tensors}
         on_cuda = any(device.startswith("cuda") for device in devices)
-        if on_cuda and name not in NO_WORK:
+        if on_cuda and not NO_WORK.fullmatch(name):
             self.operations[name] += 1
         if name in ("_to_copy", "copy_") and len(devices) > 1:
             self.copies[" and ".join(sorted(devices))] += 1
@@ -177,14 +183,15 @@ def walk(model, devices, new, cached, mask=None, batch=1, static=False, **kwargs
     return {
         "operations": dict(count.operations),
         "launches": dict(LAUNCHES),
-        "total": sum(count.operations.values()) + sum(LAUNCHES.values()),
+        "total": sum(count.operations.values()) + sum(n for name, n in LAUNCHES.items() if " " not in name),
         "waits": dict(count.waits),
         "copies": dict(count.copies),
     }
 
 
 def walk_tower(vision, devices):
-    """A picture of 4 x 4 patches and some text."""
+    """A picture of 4 x 4 patches and some text. The tower brings the grids to the host, once; fake ones say nothing."""
+    kimi_vision.read_grids = lambda *given: [(1, 4, 4)]
     model = make_model(devices, vision)
     config = model.config
     ids = torch.full((1, 4), config.media_placeholder_token_id, device=devices[0])
@@ -196,6 +203,29 @@ def walk_tower(vision, devices):
         embeds = embeds + torch.cat(features).to(embeds.device)
         output = model(inputs_embeds=embeds, logits_to_keep=1)
     return {"waits": dict(count.waits), "copies": dict(count.copies), "device": str(output.logits.device)}
+
+
+def trace_static_step():
+    """torch.compile of a decode step with a static cache: the operations of its graph, without any break."""
+    devices, graphs = ONE * 2, []
+    model = make_model(devices)
+    cache = filled_cache(model, devices, 4096, static=True)
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    ids = torch.zeros(1, 1, dtype=torch.long, device="cuda:0")
+    with torch.no_grad():
+        step = torch.compile(model.forward, fullgraph=True, backend=keep)
+        step(ids, past_key_values=cache, cache_position=torch.tensor([4096], device="cuda:0"))
+    nodes = [node for graph in graphs for node in graph.graph.nodes if node.op.startswith("call_")]
+    operators = collections.Counter(
+        str(node.target).partition(".")[2] for node in nodes if "kimi" in str(node.target)
+    )
+    made = [node.meta.get("example_value") for node in nodes]
+    largest = max(tensor.numel() for tensor in made if isinstance(tensor, torch.Tensor))
+    return {"operators": dict(operators), "graphs": len(graphs), "largest": largest}
 
 
 ONE, TWO = ["cuda:0"], ["cuda:0", "cuda:1"]
@@ -217,15 +247,16 @@ CASES = {
 
 def main(guard):
     pretend_cuda(guard)
-    kimi_backends.why_not_triton_attention = kimi_backends.why_not_triton_experts = lambda *a: None
+    names = [str(device) for device in TWO]
+    kimi_gpu.FINDINGS |= dict.fromkeys(itertools.product(kimi_gpu.SELF_TESTS, names, kimi_gpu.KERNEL_DTYPES))
     results = {}
 
     def record(name, run, *args, **kwargs):
         try:
             results[name] = run(*args, **kwargs)
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)
-            places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in where][-8:]
+            where = [f for f in traceback.extract_tb(error.__traceback__) if str(ROOT) in f.filename]
+            places = [f"{Path(f.filename).name}:{f.lineno}" for f in where if "/torch/" not in f.filename]
             results[name] = {"error": f"{type(error).__name__}: {error}", "at": places}
 
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -241,6 +272,7 @@ def main(guard):
             record(f"2 GPUs, {name}", walk, model, devices, new, cached, **kwargs)
         for vision in TWO:
             record(f"tower on {vision}", walk_tower, vision, devices)
+        record("compiled step, static", trace_static_step)
     print(json.dumps(results))
 
 
