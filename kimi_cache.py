@@ -201,7 +201,7 @@ def causal_mask(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
     cache_position: torch.Tensor | None,
 ) -> tuple[Any, int | None]:
     """The mask in the form that the chosen attention implementation wants, and None; or None and how many keys precede
@@ -212,7 +212,7 @@ def causal_mask(
     """
     past_length = cached_length(past_key_values)
     if inputs_embeds.is_cuda and config._attn_implementation == "sdpa" and isinstance(past_length, int):
-        unpacked = past_key_values is not None or attention_mask is not None
+        unpacked = past_key_values is not None or position_ids is None  # packed sequences begin to count anew
         if attention_mask is None and unpacked and not torch.compiler.is_compiling():
             return None, past_length
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -261,7 +261,7 @@ def made_by_transformers(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
     cache_position: torch.Tensor | None,
 ) -> Any:
     """The versions differ in names."""

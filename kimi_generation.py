@@ -59,22 +59,21 @@ class KimiGenerationMixin(GenerationMixin):
         if not getattr(settings, "is_assistant", False):  # which is given the prompt_media of its main model
             media = self._take_media(prompt, kwargs)
             kwargs.update({"prompt_media": media} if media else {})
-        token = UNPADDED.set(self._is_unpadded(prompt, kwargs.get("attention_mask"), settings))
+        token = UNPADDED.set(self._is_unpadded(prompt, settings, kwargs))
         try:
             return super().generate(inputs, *args, **kwargs)
         finally:
             UNPADDED.reset(token)
 
-    def _is_unpadded(self, prompt: Tensor | None, mask: Tensor | None, settings: Any) -> bool:
+    def _is_unpadded(self, prompt: Tensor | None, settings: Any, kwargs: dict[str, Any]) -> bool:
         """Whether all tokens of the prompt are to be seen; looked at here, once, since on a GPU a look is a wait."""
+        mask = kwargs.get("attention_mask")
         if mask is not None:
             return mask.ndim == 2 and bool(mask.all())
-        pad = (
-            settings.pad_token_id
-            if settings.pad_token_id is not None
-            else self.generation_config.pad_token_id
-        )
-        return prompt is not None and (pad is None or not bool((prompt == pad).any()))
+        pads = {kwargs.get("pad_token_id"), settings.pad_token_id, self.generation_config.pad_token_id} - {
+            None
+        }
+        return prompt is not None and not any(bool((prompt == pad).any()) for pad in pads)
 
     def _take_media(self, prompt: Tensor | None, kwargs: dict[str, Any]) -> "PromptMedia | None":
         """Takes pixel_values and grid_thws out of the keywords of generate()."""
@@ -324,3 +323,9 @@ def check_length(past_length: int | Tensor, num_tokens: int, max_positions: int)
             f"{past_length + num_tokens} tokens{cached} exceed max_position_embeddings {max_positions}; shorten the"
             " prompt."
         )
+
+
+def check_finite(x: Tensor, where: str) -> None:
+    wrong = int((~torch.isfinite(x)).sum())
+    if wrong:
+        raise ValueError(f"{where} made the first NaN or infinity: {wrong} of {x.numel()} values.")

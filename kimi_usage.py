@@ -19,7 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-
 if TYPE_CHECKING:  # what is mixed into
     Base = nn.Module
 else:

@@ -91,7 +91,7 @@ from .kimi_cache import (
     restore,
 )
 from .kimi_experts import Experts, apply_keeping_dtype, run_experts
-from .kimi_generation import KimiGenerationMixin, check_ids
+from .kimi_generation import KimiGenerationMixin, check_finite, check_ids
 from .kimi_pool import pool_experts
 from .kimi_pretrained import KimiPretrainedMixin, OnEachDevice, only_moves_inputs
 from .kimi_usage import KimiUsageMixin
@@ -571,11 +571,8 @@ class Router(nn.Module):
 
     def __init__(self, config: KimiK25TextConfig):
         super().__init__()
-        self.top_k, self.n_group, self.topk_group = (
-            config.num_experts_per_tok,
-            config.n_group,
-            config.topk_group,
-        )
+        self.top_k, self.n_group = config.num_experts_per_tok, config.n_group
+        self.topk_group = config.topk_group
         self.norm_topk_prob, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias = nn.Parameter(
@@ -678,12 +675,14 @@ class Decoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         debug_nan: bool = False,
+        counted: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """inputs_embeds (B, T, H) to the normed last hidden state (B, T, H)."""
+        """inputs_embeds (B, T, H) to the normed last hidden state (B, T, H). `counted`: position_ids just count up."""
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
+        given = None if counted else position_ids
         mask, past_length = causal_mask(
-            self.config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position
+            self.config, inputs_embeds, attention_mask, past_key_values, given, cache_position
         )
         shared = OnEachDevice(
             position_embeddings=self.rotary_emb(position_ids),
@@ -719,12 +718,6 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-
-
-def check_finite(x: torch.Tensor, where: str) -> None:
-    wrong = int((~torch.isfinite(x)).sum())
-    if wrong:
-        raise ValueError(f"{where} made the first NaN or infinity: {wrong} of {x.numel()} values.")
 
 
 # ---------------------------------------------------------------------------------------------------------- whole model
@@ -826,6 +819,7 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiUsageMixin, Ki
         inputs_embeds = self._embed(input_ids, inputs_embeds, pixel_values, grid_thws, debug_nan)  # (B, T, H)
         # cache_position: 4.57's generate() gives it, 5.x has no such thing.
         past_length, cache_position = cached_length(past_key_values), kwargs.pop("cache_position", None)
+        counted = position_ids is None and attention_mask is None
         position_ids, cache_position = self._positions(
             inputs_embeds, attention_mask, position_ids, past_length, cache_position
         )
@@ -834,6 +828,7 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiUsageMixin, Ki
                 inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
+                counted=counted,
                 past_key_values=past_key_values,
                 cache_position=cache_position,
                 output_attentions=self._option("output_attentions", output_attentions),

@@ -173,7 +173,7 @@ def filled_cache(model, devices, length, batch=1, static=False):
 def walk(model, devices, new, cached, mask=None, batch=1, static=False, **kwargs):
     """One forward of `new` tokens behind `cached` ones; what it would do."""
     LAUNCHES.clear()
-    cache = filled_cache(model, devices, cached, batch, static)
+    cache = filled_cache(model, devices, cached, batch, static) if kwargs.get("use_cache", True) else None
     ids = torch.zeros(batch, new, dtype=torch.long, device=devices[0])
     if mask is not None:
         kwargs["attention_mask"] = torch.ones(batch, cached + new, dtype=torch.long, device=devices[0])
@@ -237,6 +237,7 @@ CASES = {
     "decode, static, mask": (1, 4096, {"static": True, "mask": True}),
     "prefill": (4096, 0, {}),
     "prefill, mask": (4096, 0, {"mask": True, "batch": 2}),
+    "prompt, no cache": (4096, 0, {"use_cache": False}),
     "chunk": (4096, 8192, {}),
     "chunk, mask": (4096, 8192, {"mask": True}),
     "100 new": (100, 8192, {}),
