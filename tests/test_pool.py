@@ -501,7 +501,7 @@ class Counted:
     def __init__(self):
         self.reads = []
 
-    def tasks(self, key, out):
+    def tasks(self, key, out, put):
         def fill():
             self.reads.append(key)
             out["x"].fill_(key[0] * 1000 + key[1])
@@ -580,11 +580,11 @@ def test_a_failed_read_frees_its_slot_once_and_is_tried_again():
     class Failing(Counted):
         broken = True
 
-        def tasks(self, key, out):
+        def tasks(self, key, out, put):
             def fail():
                 raise OSError(f"expert {key[1]}")
 
-            return [fail, *super().tasks(key, out)] if self.broken else super().tasks(key, out)
+            return [fail, *super().tasks(key, out, put)] if self.broken else super().tasks(key, out, put)
 
     cache = counted_cache(2, source=Failing())
     for _ in range(5):
