@@ -185,8 +185,14 @@ class CopyStream:
         with torch.cuda.stream(self.stream):
             for event in after:
                 self.stream.wait_event(event)
-            for place, data in pairs:
-                place.copy_(data, non_blocking=True)
+            try:
+                for place, data in pairs:
+                    place.copy_(data, non_blocking=True)
+            except (
+                BaseException
+            ):  # nobody gets an event to wait for before what was copied from is overwritten
+                self.stream.synchronize()
+                raise
             copied = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
             copied.record(self.stream)
         return copied
