@@ -148,12 +148,12 @@ class FakeGpu:
             self.threads.host = {}
         return self.threads.host
 
-    def cudaHostRegister(self, address, size, flags):  # noqa: N802
+    def cudaHostRegister(self, address, size, flags):
         if not self.refuses:
             self.locked[address] = size
         return self.refuses
 
-    def cudaHostUnregister(self, address):  # noqa: N802
+    def cudaHostUnregister(self, address):
         return 0 if self.locked.pop(address, None) is not None else 1
 
     def is_locked(self, tensor):
