@@ -25,6 +25,7 @@ from torch import nn
 from .configuration_kimi import KimiK25Config, KimiK25TextConfig
 from .kimi_backends import EXPERT_ROWS, faster_experts, is_recorded, runs_by_expert
 from .kimi_experts import ExpertMatrices, Experts, run_experts
+from .kimi_files import file_stamp
 from .kimi_machine import detect_gpus, detect_ram, parse_size
 from .kimi_sizes import all_fit, expert_bytes, free_bytes, resident_bytes
 from .kimi_slots import READERS, ExpertFiles, Part, ReadsExperts, SlotCache, Visit, Worth
@@ -343,7 +344,8 @@ class ExpertPool:
         return self.last.choices
 
     def take_choices(self, topk_ids: torch.Tensor) -> Choices:
-        """What `read_choices` has read if it was given this tensor, unchanged since; else it is read now."""
+        """What `read_choices` has read if it was given this tensor, unchanged since; else it is read now. (Changes of inference
+        tensors are not seen, which torch does not count.)"""
         choices, self.last.choices = self.last.choices, None
         if choices is not None and choices.topk_ids is topk_ids and choices.version == version_of(topk_ids):
             return choices
@@ -357,9 +359,15 @@ class ExpertPool:
         return Visit(cache, layer, choices.experts, experts.num_experts)
 
     def mapped(self, name: str) -> torch.Tensor:
-        """One published tensor as a view of its file."""
+        """One published tensor as a view of its file. Raises OSError if another file has that name now, or other bytes."""
         source = self.names[name].source
         if source.file not in self.maps:
+            now = file_stamp(os.stat(source.file))
+            if now != source.stamp:
+                raise OSError(
+                    f"{name} cannot be taken from {source.file}: it is not the file that the model was loaded from"
+                    f" ({source.stamp[0]} bytes then, {now[0]} now)."
+                )
             size = os.path.getsize(source.file)
             self.maps[source.file] = cast(
                 torch.UntypedStorage, torch.UntypedStorage.from_file(source.file, False, size)

@@ -355,9 +355,8 @@ class SlotCache:
                 entry.reads = []
             if self.copies is not None:
                 self.copies.arrive(entry.arriving)
-                entry.arriving = under_way(
-                    entry.arriving
-                )  # threads with streams of their own wait for them again
+                # Threads with streams of their own wait again.
+                entry.arriving = under_way(entry.arriving)
         return entry.slot
 
     def note_use(self) -> None:
