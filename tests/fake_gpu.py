@@ -80,6 +80,10 @@ class Stream:
         with Far.gpu.lock:
             join(self.clock, event.clock)
 
+    def synchronize(self):
+        with Far.gpu.lock:
+            join(Far.gpu.done, self.clock)
+
 
 def join(clock, other):
     for stream, number in other.items():
@@ -97,6 +101,7 @@ class FakeGpu:
         self.threads = threading.local()
         self.stream = Stream()
         self.waits, self.errors, self.recorded = [], [], []
+        self.done = {}  # how far a stream has come for certain, whoever looks
         self.locked = {}
         self.kept = []  # small page-locked tensors
         self.places = set()
@@ -201,8 +206,10 @@ class FakeGpu:
     def write_by_host(self, address):
         """A thread writes RAM: copies out of it must be done, as far as this thread knows."""
         with self.lock:
+            known = dict(self.done)
+            join(known, self.host())
             for other in self.reads[address]:
-                self.check(other, self.host(), "a thread writes what", "reads")
+                self.check(other, known, "a thread writes what", "reads")
             self.reads[address] = []
 
     def check(self, other, clock, ours, theirs):

@@ -164,6 +164,27 @@ def test_after_a_failed_read_the_order_still_holds(folder, resident, gpu, with_k
         assert len(cache.free) + len(cache.entries) == cache.capacity
 
 
+@pytest.mark.parametrize("ram", [0, 12])
+def test_after_a_copy_that_failed_half_way_the_order_still_holds(
+    folder, resident, gpu, with_kernel, monkeypatch, ram
+):
+    """Half of an expert is under way then, and nobody has an event for it."""
+    layers, real, calls = pooled(folder, gpu, 5, ram), gpu.copy, []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) % 7 == 2:
+            raise RuntimeError("CUDA error")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(gpu, "copy", failing)
+    for seed in range(4):
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            run(gpu, layers[seed % 2], inputs(40, seed))
+    monkeypatch.setattr(gpu, "copy", real)
+    check(gpu, layers, resident, SIZES)
+
+
 def test_the_fake_gpu_notices_what_is_not_ordered(gpu):
     """A copy beside a kernel that still reads, and one that is used at once."""
     slot, copies = torch.zeros(4), Stream()
