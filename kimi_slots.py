@@ -188,10 +188,8 @@ class CopyStream:
             try:
                 for place, data in pairs:
                     place.copy_(data, non_blocking=True)
-            except (
-                BaseException
-            ):  # nobody gets an event to wait for before what was copied from is overwritten
-                self.stream.synchronize()
+            except BaseException:
+                self.stream.synchronize()  # nobody gets an event, and what was copied from may be overwritten
                 raise
             copied = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
             copied.record(self.stream)
