@@ -279,13 +279,14 @@ class SlotCache:
         readers: int = READERS,
         copied_to: torch.device | None = None,
     ):
-        self.source, self.capacity, self.device, self.worth = source, capacity, torch.device(device), worth
+        self.source, self.capacity, self.worth = source, capacity, worth
         self.stacks = {
-            name: empty_for_weights((capacity, *shape), dtype, self.device)
+            name: empty_for_weights((capacity, *shape), dtype, device)
             if copied_to is None
             else empty_page_locked((capacity, *shape), dtype, copied_to)
             for name, (shape, dtype) in layout.items()
         }
+        self.device = next(iter(self.stacks.values())).device  # cuda:0 where "cuda" was given
         self.entry_bytes = sum(stack[0].nbytes for stack in self.stacks.values())
         self.entries: dict[Key, Entry] = {}
         self.free = list(reversed(range(capacity)))

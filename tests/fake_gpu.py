@@ -100,7 +100,7 @@ class FakeGpu:
         self.lock = threading.RLock()
         self.threads = threading.local()
         self.stream = Stream()
-        self.waits, self.errors, self.recorded = [], [], []
+        self.waits, self.errors, self.recorded, self.devices = [], [], [], []
         self.done = {}  # how far a stream has come for certain, whoever looks
         self.locked = {}
         self.kept = []  # small page-locked tensors
@@ -114,7 +114,7 @@ class FakeGpu:
             "stream": self.use_stream,
             "current_stream": lambda device=None: self.current(),
             "device": lambda device: contextlib.nullcontext(),
-            "set_device": lambda device: None,
+            "set_device": self.devices.append,
             "synchronize": lambda device=None: self.waits.append("synchronize"),
             "cudart": lambda: self,
             "mem_get_info": lambda device=None: (2**40, 2**40),

@@ -208,6 +208,16 @@ def test_memory_of_slots_is_kept_until_the_copies_are_done(folder, gpu):
     assert [stream for _, stream in gpu.recorded] == [cache.copies.stream] * len(cache.stacks)
 
 
+def test_reader_threads_are_on_the_device_with_its_index(folder, gpu, with_kernel):
+    """torch.cuda.set_device refuses "cuda", and a thread of another device makes a context of 0.5 GB there."""
+    experts = pooled(folder, gpu, 5)[0]
+    old = experts.pool.caches[DEVICE]
+    layout = {name: (tuple(stack.shape[1:]), stack.dtype) for name, stack in old.stacks.items()}
+    cache = SlotCache(old.source, 5, layout, Worth(64.0, 2), torch.device("cuda"))
+    cache.await_entry((1, 3), cache.claim((1, 3)))
+    assert cache.device == DEVICE and gpu.devices and set(gpu.devices) == {DEVICE}
+
+
 # ----------------------------------------------------------------------------------------------------- waits of the host
 
 
