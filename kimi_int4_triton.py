@@ -117,7 +117,9 @@ PREFILL_OTHER: tuple[Prefill, ...] = (
     Prefill(12, PrefillBlocks(16, 64, 16, 4, 2), PrefillBlocks(16, 64, 16, 4, 2)),
     Prefill(math.inf, PrefillBlocks(64, 64, 16, 8, 2), PrefillBlocks(64, 64, 16, 8, 2)),
 )
-PREFILL_FP32 = (Prefill(math.inf, PrefillBlocks(16, 32, 8, 4, 1), PrefillBlocks(16, 32, 8, 4, 1)),)
+PREFILL_FP32: tuple[Prefill, ...] = (
+    Prefill(math.inf, PrefillBlocks(16, 32, 8, 4, 1), PrefillBlocks(16, 32, 8, 4, 1)),
+)
 
 # Per device the configurations, with x's dtype, that failed their test there; whoever runs `self_test_cases` fills it.
 UNUSABLE: dict[torch.device, set[tuple[torch.dtype, Decode | Prefill]]] = {}
