@@ -60,13 +60,15 @@ class AttentionBlocks(NamedTuple):
     stages: int
 
 
-# Untuned, best first; the rest are for a device or a compiler on which the first fails its test. On Hopper 64 rows of
-# 512 take half the registers of a multiprocessor for their output alone.
+# Untuned, best first; the rest are for a device or a compiler on which the first fails its test. 64 rows of 512 take half
+# the registers of a Hopper multiprocessor for their output alone; on Blackwell's (major 10), where that is in tensor
+# memory but 64 keys take 344 KiB of shared memory, 32 keys fit.
 SMALL = AttentionBlocks(16, 32, 4, 2)
 OTHER: tuple[AttentionBlocks, ...] = (SMALL,)
-BY_MAJOR: dict[int, tuple[AttentionBlocks, ...]] = {
-    9: (AttentionBlocks(64, 64, 8, 2), SMALL)
-}  # by compute capability
+BY_MAJOR: dict[int, tuple[AttentionBlocks, ...]] = {  # by compute capability
+    9: (AttentionBlocks(64, 64, 8, 2), SMALL),
+    10: (AttentionBlocks(64, 32, 8, 2), SMALL),
+}
 FP32: tuple[AttentionBlocks, ...] = (AttentionBlocks(16, 16, 4, 1),)
 
 # Per device what failed its test: keys of `SelfTest`. Filled by who runs the tests, before the first call.
