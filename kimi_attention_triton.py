@@ -9,10 +9,12 @@ Letters: B sequences, h heads, T new tokens, S cached and new tokens, c = kv_lor
 All h T queries of a sequence share one cache, and the latent is both key and value. So a step at depth S has to read
 2 (c + dr) bytes a token at least, and the kernels are built to read them only once:
 
-    partial  A program takes up to 64 queries (all heads of one new token) as the rows of its products, walks over its
-             part of the cache in blocks of keys, uses each block for the scores and again for the output, and keeps a
-             running maximum and sum (online softmax). One sequence has too few queries to fill a GPU, so the cache is
-             split between programs (flash-decoding). It leaves an unnormalised output, its maximum and its sum.
+    partial  A program takes up to 64 heads of one new token as the rows of its products, walks over its part of the
+             cache in blocks of keys, uses each block for the scores and again for the output, and keeps a running
+             maximum and sum (online softmax). One sequence has too few queries to fill a GPU, so the cache is split
+             between programs (flash-decoding). It leaves an unnormalised output, its maximum and its sum. Heads share
+             a mask, so a program needs one row of it; a tile of several, loaded in another layout than the scores',
+             made ptxas serialise the products.
     merge    Rescales the parts of a query to their common maximum and adds them, in the order of the splits.
 
 The number of splits follows from shapes and the device, never from data, so a call can be captured in a CUDA graph. With
@@ -50,33 +52,27 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 class AttentionBlocks(NamedTuple):
-    """A program holds `queries` rows and walks over `keys` cached tokens at a time."""
+    """A program holds `heads` rows and walks over `keys` cached tokens at a time."""
 
-    queries: int
+    heads: int
     keys: int
     warps: int
     stages: int
 
 
-# Untuned, best first; the rest are for a device or a compiler on which the first fails its test. On Hopper 64 queries of
-# 512 take half the registers of a multiprocessor for their output alone.
+# Untuned, best first; the rest are for a device or a compiler on which the first fails its test. 64 rows of 512 take half
+# the registers of a Hopper multiprocessor for their output alone; on Blackwell's (major 10), where that is in tensor
+# memory but 64 keys take 344 KiB of shared memory, 32 keys fit.
 SMALL = AttentionBlocks(16, 32, 4, 2)
 OTHER: tuple[AttentionBlocks, ...] = (SMALL,)
-BY_MAJOR = {9: (AttentionBlocks(64, 64, 8, 2), SMALL)}  # by compute capability
-# With a mask for every query: its tile takes registers too.
-BY_MAJOR_ROWS_MASKED = {9: (AttentionBlocks(64, 64, 8, 2), SMALL)}
-FP32 = (AttentionBlocks(16, 16, 4, 1),)
+BY_MAJOR: dict[int, tuple[AttentionBlocks, ...]] = {  # by compute capability
+    9: (AttentionBlocks(64, 64, 8, 2), SMALL),
+    10: (AttentionBlocks(64, 32, 8, 2), SMALL),
+}
+FP32: tuple[AttentionBlocks, ...] = (AttentionBlocks(16, 16, 4, 1),)
 
 # Per device what failed its test: keys of `SelfTest`. Filled by who runs the tests, before the first call.
-UNUSABLE: dict[torch.device, set[tuple[torch.dtype, bool, AttentionBlocks]]] = {}
-
-# name, T, mask, lengths: every kind of call that the model makes has compiled code of its own.
-TESTED_PLAIN = (
-    ("one token", 1, "none", False),
-    ("one token, padding", 1, "bool", False),
-    ("one token, lengths", 1, "none", True),
-)
-TESTED_ROWS_MASKED = (("several tokens", 8, "bool", False),)
+UNUSABLE: dict[torch.device, set[tuple[torch.dtype, AttentionBlocks]]] = {}
 
 
 def latent_attention_triton(
@@ -97,9 +93,8 @@ def latent_attention_triton(
     batch, heads, num_new, width = q_latent.shape
     num_total, rope_width = latent.shape[2], k_pe.shape[3]
     check(q_latent, q_pe, latent, k_pe, mask)
-    rows_masked = mask is not None and mask.shape[2] > 1
-    blocks = blocks or pick_blocks(heads * num_new, q_latent, rows_masked)
-    row_blocks = triton.cdiv(heads * num_new, blocks.queries)
+    blocks = blocks or pick_blocks(heads, q_latent)
+    row_blocks = num_new * triton.cdiv(heads, blocks.heads)
     splits = num_splits(batch * row_blocks, num_total, q_latent.device)
     dtype = torch.float32 if INTERPRETED and q_latent.dtype == torch.bfloat16 else q_latent.dtype
 
@@ -130,7 +125,7 @@ def latent_attention_triton(
             k_pe.stride(0),
             k_pe.stride(2),
             *mask_strides,
-            heads * num_new,
+            heads,
             num_new,
             num_total,
             splits,
@@ -138,12 +133,11 @@ def latent_attention_triton(
             C=width,
             R=rope_width,
             MASK="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
-            MASK_ROWS=rows_masked,
             DTYPE={torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype],
             PRECISION="ieee" if dtype == torch.float32 else "tf32",  # only fp32 products use it
             LOWEST=LOWEST,
             LOG2_E=LOG2_E,
-            BLOCK_M=blocks.queries,
+            BLOCK_M=blocks.heads,
             BLOCK_S=blocks.keys,
             BLOCK_C=triton.next_power_of_2(width),
             BLOCK_R=triton.next_power_of_2(rope_width),
@@ -207,24 +201,21 @@ def check(
         raise ValueError(f"mask {tuple(mask.shape)}, expected {(batch, 1, num_new, num_total)}.")
 
 
-def pick_blocks(rows: int, like: torch.Tensor, rows_masked: bool = False) -> AttentionBlocks:
-    """The first usable configuration for `rows` queries a sequence in the dtype and on the device of `like`."""
-    usable = usable_blocks(like.device, like.dtype, rows_masked)
+def pick_blocks(heads: int, like: torch.Tensor) -> AttentionBlocks:
+    """The first usable configuration in the dtype and on the device of `like`, no larger than `heads` need."""
+    usable = usable_blocks(like.device, like.dtype)
     if not usable:
         raise RuntimeError(
             f"attention on the latent: no configuration of the Triton kernel for {like.dtype} passed its test on {like.device}."
         )
-    return usable[0]._replace(queries=min(usable[0].queries, max(16, triton.next_power_of_2(rows))))
+    return usable[0]._replace(heads=min(usable[0].heads, max(16, triton.next_power_of_2(heads))))
 
 
-def usable_blocks(device: torch.device, dtype: torch.dtype, rows_masked: bool) -> list[AttentionBlocks]:
+def usable_blocks(device: torch.device, dtype: torch.dtype) -> list[AttentionBlocks]:
     """The configurations for a device, best first, without those that UNUSABLE lists."""
-    if dtype == torch.float32:
-        table = FP32
-    else:
-        table = (BY_MAJOR_ROWS_MASKED if rows_masked else BY_MAJOR).get(capability_major(device), OTHER)
+    table = FP32 if dtype == torch.float32 else BY_MAJOR.get(capability_major(device), OTHER)
     unusable = UNUSABLE.get(device, set())
-    return [blocks for blocks in table if (dtype, rows_masked, blocks) not in unusable]
+    return [blocks for blocks in table if (dtype, blocks) not in unusable]
 
 
 def capability_major(device: torch.device) -> int:
@@ -243,24 +234,27 @@ class SelfTest(NamedTuple):
     num_total: int  # S
     mask: str  # "none"; "bool": a boolean (1, 1, T, S)
     lengths: bool  # whether to give lengths, (1,) int64
-    key: tuple[torch.dtype, bool, AttentionBlocks]
+    key: tuple[torch.dtype, AttentionBlocks]
 
 
 SELF_TEST_SHAPE = (1, 64, 512, 64)  # B, h, c, dr: the full model's
 
 
 def self_test_cases(device: torch.device, dtype: torch.dtype) -> Iterator[SelfTest]:
-    """The configurations in use, each with and without what makes other code of it. After a failure marked in UNUSABLE
-    the generator goes on with what then is in use."""
-    for rows_masked, calls in ((False, TESTED_PLAIN), (True, TESTED_ROWS_MASKED)):
-        tested: set[AttentionBlocks] = set()
-        while (usable := usable_blocks(device, dtype, rows_masked)) and usable[0] not in tested:
-            tested.add(usable[0])
-            for name, num_new, mask, lengths in calls:
-                key = dtype, rows_masked, usable[0]
-                yield SelfTest(f"{name}, {usable[0]}", num_new, 300, mask, lengths, key)
-                if key in UNUSABLE.get(device, set()):
-                    break
+    """The configuration in use, with each kind of call that makes other code of it. After a failure, marked in UNUSABLE,
+    the generator goes on with the configuration that then is in use."""
+    tested: set[AttentionBlocks] = set()
+    while (usable := usable_blocks(device, dtype)) and usable[0] not in tested:
+        tested.add(usable[0])
+        for name, num_new, mask, lengths in (
+            ("one token", 1, "none", False),
+            ("several tokens and a mask", 8, "bool", False),  # as one token and a mask
+            ("one token and lengths", 1, "none", True),
+        ):
+            key = dtype, usable[0]
+            yield SelfTest(f"{name}, {usable[0]}", num_new, 300, mask, lengths, key)
+            if key in UNUSABLE.get(device, set()):
+                break
 
 
 def num_splits(programs: int, num_total: int, device: torch.device) -> int:
@@ -273,7 +267,7 @@ def num_splits(programs: int, num_total: int, device: torch.device) -> int:
 
 # What changes from one call to the next must not be part of the compiled code, or generating compiles again and again:
 # Triton compiles anew for integers that are 1 and those that 16 divides. Strides keep that, for 16-byte loads.
-@triton.jit(do_not_specialize=["mask_b", "mask_t", "ROWS", "T", "S", "SPLITS"])
+@triton.jit(do_not_specialize=["mask_b", "mask_t", "T", "S", "SPLITS"])
 def partial_kernel(
     q_latent,
     q_pe,
@@ -281,8 +275,8 @@ def partial_kernel(
     k_pe,
     mask,
     lengths,
-    parts,  # (B, SPLITS, ROWS, C) fp32
-    maxima,  # (B, SPLITS, ROWS) fp32, of scores in base 2
+    parts,  # (B, SPLITS, HEADS T, C) fp32
+    maxima,  # (B, SPLITS, HEADS T) fp32, of scores in base 2
     sums,
     q_latent_b,
     q_latent_h,
@@ -299,7 +293,7 @@ def partial_kernel(
     mask_b,
     mask_t,
     mask_s,
-    ROWS,  # h T
+    HEADS,
     T,
     S,
     SPLITS,
@@ -307,7 +301,6 @@ def partial_kernel(
     C: tl.constexpr,
     R: tl.constexpr,
     MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     LOWEST: tl.constexpr,
@@ -319,13 +312,14 @@ def partial_kernel(
 ):
     split = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)  # 64 bits: a batch of long caches passes 2^31 elements
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head, t = row // T, row % T
+    head_blocks = tl.cdiv(HEADS, BLOCK_M)
+    t = tl.program_id(0) // head_blocks
+    head = tl.program_id(0) % head_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     c, r, s0 = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
-    inside = row[:, None] < ROWS
-    place = q_latent + batch * q_latent_b + head[:, None] * q_latent_h + t[:, None] * q_latent_t
+    inside = head[:, None] < HEADS
+    place = q_latent + batch * q_latent_b + t * q_latent_t + head[:, None] * q_latent_h
     q = tl.load(place + c[None, :] * q_latent_c, mask=inside & (c[None, :] < C), other=0.0).to(DTYPE)
-    place = q_pe + batch * q_pe_b + head[:, None] * q_pe_h + t[:, None] * q_pe_t
+    place = q_pe + batch * q_pe_b + t * q_pe_t + head[:, None] * q_pe_h
     q_r = tl.load(place + r[None, :] * q_pe_r, mask=inside & (r[None, :] < R), other=0.0).to(DTYPE)
 
     length = S
@@ -336,7 +330,7 @@ def partial_kernel(
     end = tl.minimum(begin + share, length)
     latent += batch * latent_b
     k_pe += batch * k_pe_b
-    mask += batch * mask_b
+    mask += batch * mask_b + t.to(tl.int64) * mask_t
 
     output = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -354,12 +348,7 @@ def partial_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = tl.dot(q_r, tl.trans(k_r), scores, input_precision=PRECISION) * scaling
         if MASK != "none":
-            if MASK_ROWS:
-                seen = tl.load(
-                    mask + t[:, None] * mask_t + s[None, :] * mask_s, mask=inside & there[None, :], other=0
-                )
-            else:
-                seen = tl.load(mask + s[None, :] * mask_s, mask=there[None, :], other=0)
+            seen = tl.load(mask + s[None, :] * mask_s, mask=there[None, :], other=0)
             if MASK == "bool":
                 scores = tl.where(seen != 0, scores, LOWEST)
             else:
@@ -373,10 +362,10 @@ def partial_kernel(
         output = tl.dot(weights.to(DTYPE), k, output * rescale[:, None], input_precision=PRECISION)
         highest = new_highest
 
-    at = (batch * SPLITS + split) * ROWS + row
+    at = ((batch * SPLITS + split) * HEADS + head) * T + t
     tl.store(parts + at[:, None] * C + c[None, :], output, mask=inside & (c[None, :] < C))
-    tl.store(maxima + at, highest, mask=row < ROWS)
-    tl.store(sums + at, total, mask=row < ROWS)
+    tl.store(maxima + at, highest, mask=head < HEADS)
+    tl.store(sums + at, total, mask=head < HEADS)
 
 
 @triton.jit(do_not_specialize=["ROWS", "SPLITS"])

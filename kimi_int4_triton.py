@@ -75,7 +75,7 @@ class DecodeBlocks(NamedTuple):
 
 
 class PrefillBlocks(NamedTuple):
-    """A program computes `outputs` of `rows` pairs that share an expert, 8 * `words` inputs at a time."""
+    """A program computes `outputs` (of gate and of up) of `rows` pairs that share an expert, 8 * `words` inputs at a time."""
 
     rows: int
     outputs: int
@@ -105,19 +105,30 @@ DECODE = Decode(
 )
 
 # Untuned. Few pairs leave a layer bound by its weights; many by arithmetic, and then an expert's weights should be
-# unpacked for as many of its pairs as possible.
+# unpacked for as many of its pairs as possible. Chosen by compiled code: no spill, no serialised wgmma, few instructions
+# a weight (`benchmarks/bench_compile_ahead.py`).
 PREFILL_HOPPER: tuple[Prefill, ...] = (
     Prefill(12, PrefillBlocks(16, 64, 16, 4, 3), PrefillBlocks(16, 64, 16, 4, 3)),
     Prefill(24, PrefillBlocks(32, 64, 16, 4, 3), PrefillBlocks(32, 64, 16, 4, 3)),
-    Prefill(48, PrefillBlocks(64, 128, 16, 8, 3), PrefillBlocks(64, 128, 16, 8, 3)),
-    Prefill(math.inf, PrefillBlocks(128, 128, 16, 8, 3), PrefillBlocks(128, 128, 16, 8, 3)),
+    Prefill(48, PrefillBlocks(64, 64, 16, 4, 3), PrefillBlocks(64, 128, 16, 8, 3)),
+    Prefill(math.inf, PrefillBlocks(128, 64, 16, 8, 3), PrefillBlocks(128, 128, 16, 8, 3)),
 )
+PREFILL_BLACKWELL: tuple[Prefill, ...] = (
+    Prefill(12, PrefillBlocks(16, 64, 16, 4, 3), PrefillBlocks(16, 128, 16, 4, 3)),
+    Prefill(48, PrefillBlocks(64, 64, 16, 4, 2), PrefillBlocks(64, 128, 16, 4, 2)),
+    Prefill(math.inf, PrefillBlocks(128, 64, 16, 4, 2), PrefillBlocks(128, 128, 16, 4, 2)),
+)
+PREFILL_BY_MAJOR = {9: PREFILL_HOPPER, 10: PREFILL_BLACKWELL}  # by compute capability
 # Other devices have less shared memory (some 99 KiB), and mma.sync keeps its operands in registers.
 PREFILL_OTHER: tuple[Prefill, ...] = (
     Prefill(12, PrefillBlocks(16, 64, 16, 4, 2), PrefillBlocks(16, 64, 16, 4, 2)),
-    Prefill(math.inf, PrefillBlocks(64, 64, 16, 8, 2), PrefillBlocks(64, 64, 16, 8, 2)),
+    Prefill(24, PrefillBlocks(32, 64, 16, 4, 2), PrefillBlocks(32, 128, 16, 4, 2)),
+    Prefill(math.inf, PrefillBlocks(64, 64, 16, 8, 2), PrefillBlocks(64, 128, 16, 8, 2)),
 )
-PREFILL_FP32 = (Prefill(math.inf, PrefillBlocks(16, 32, 8, 4, 1), PrefillBlocks(16, 32, 8, 4, 1)),)
+# Too small for tcgen05: Triton 3.6 takes it for fp32 even where "ieee" is asked for, and then rounds to tf32.
+PREFILL_FP32: tuple[Prefill, ...] = (
+    Prefill(math.inf, PrefillBlocks(16, 16, 8, 4, 1), PrefillBlocks(16, 32, 8, 4, 1)),
+)
 
 # Per device the configurations, with x's dtype, that failed their test there; whoever runs `self_test_cases` fills it.
 UNUSABLE: dict[torch.device, set[tuple[torch.dtype, Decode | Prefill]]] = {}
@@ -496,10 +507,12 @@ def load_weight_tile(words, scales, n, start, N, W, BLOCK_W: tl.constexpr, EVEN:
     w = start + tl.arange(0, BLOCK_W)[None, :]
     g = start // 4 + tl.arange(0, BLOCK_W // 4)[None, :]
     n = n[:, None]
-    w_mask = n < N if EVEN else (n < N) & (w < W)
-    g_mask = n < N if EVEN else (n < N) & (g < W // 4)
-    tile = tl.load(words + n * W + w, mask=w_mask, other=0)
-    return tile, tl.load(scales + n * (W // 4) + g, mask=g_mask, other=0.0)
+    if EVEN:
+        tile, tile_scales = tl.load(words + n * W + w), tl.load(scales + n * (W // 4) + g)
+    else:
+        tile = tl.load(words + n * W + w, mask=(n < N) & (w < W), other=0)
+        tile_scales = tl.load(scales + n * (W // 4) + g, mask=(n < N) & (g < W // 4), other=0.0)
+    return tile, tile_scales
 
 
 @triton.jit(do_not_specialize=["magic"])
@@ -532,26 +545,26 @@ def gate_up_prefill_kernel(
     place = tl.load(tile_first + tl.program_id(1)) + tl.arange(0, BLOCK_M)
     inside = place < tl.load(expert_ends + expert)
     row = tl.load(order + place, mask=inside, other=0) // K
-    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # One product for both: eight rows of gate, the same eight of up, and so on. In a tensor core's accumulator rows i and
+    # i + 8 are in one thread, so they meet again without an exchange.
+    i = tl.arange(0, 2 * BLOCK_N)
+    out = tl.program_id(0) * BLOCK_N + i // 16 * 8 + i % 8
     n = out // 8 * 8 + out % 2 * 4 + out % 8 // 2  # the output that belongs at place `out` of a paired row
     k = tl.arange(0, BLOCK_W * 8)
     x_tile = x + row.to(tl.int64)[None, :] * (W * 8) + k[:, None]
-    gate += expert * I * W
-    up += expert * I * W
-    gate_scale += expert * I * (W // 4)
-    up_scale += expert * I * (W // 4)
-    gate_y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    up_y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    is_gate = (i % 16 < 8)[:, None]
+    words = tl.where(is_gate, gate + expert * I * W, up + expert * I * W)
+    scales = tl.where(is_gate, gate_scale + expert * I * (W // 4), up_scale + expert * I * (W // 4))
+    both = tl.zeros((2 * BLOCK_N, BLOCK_M), dtype=tl.float32)
     for start in range(0, W, BLOCK_W):
         mask = inside[None, :] if EVEN else inside[None, :] & (start * 8 + k[:, None] < W * 8)
         inputs = tl.load(x_tile + start * 8, mask=mask, other=0.0)  # (8 BLOCK_W, BLOCK_M)
-        gate_words, gate_s = load_weight_tile(gate, gate_scale, n, start, I, W, BLOCK_W, EVEN)
-        up_words, up_s = load_weight_tile(up, up_scale, n, start, I, W, BLOCK_W, EVEN)
-        gate_w = dequantize_tile(gate_words, gate_s, magic, DTYPE)
-        gate_y = tl.dot(gate_w, inputs, gate_y, input_precision=PRECISION)
-        up_w = dequantize_tile(up_words, up_s, magic, DTYPE)
-        up_y = tl.dot(up_w, inputs, up_y, input_precision=PRECISION)
-    y = (gate_y * tl.sigmoid(gate_y) * up_y).to(DTYPE)
+        tile_words, tile_scales = load_weight_tile(words, scales, n, start, I, W, BLOCK_W, EVEN)
+        weights = dequantize_tile(tile_words, tile_scales, magic, DTYPE)
+        both = tl.dot(weights, inputs, both, input_precision=PRECISION)
+    gate_y, up_y = tl.split(both.reshape(BLOCK_N // 8, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
+    y = (gate_y * tl.sigmoid(gate_y) * up_y).to(DTYPE).reshape(BLOCK_N, BLOCK_M)
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = hidden + place.to(tl.int64)[None, :] * I + out[:, None]
     tl.store(target, y, mask=inside[None, :] & (out[:, None] < I))
 
@@ -654,7 +667,7 @@ def usable_prefill(device: torch.device, dtype: torch.dtype) -> list[Prefill]:
     if compute_dtype(dtype) == torch.float32:
         table = PREFILL_FP32
     else:
-        table = PREFILL_HOPPER if capability_major(device) == 9 else PREFILL_OTHER
+        table = PREFILL_BY_MAJOR.get(capability_major(device), PREFILL_OTHER)
     return [row for row in table if is_usable(device, dtype, row)]
 
 
@@ -712,7 +725,7 @@ def gate_up_prefill(
         inner,
         words,
         MAGIC[x.dtype],
-        **prefill_constants(x, words, blocks),
+        **prefill_constants(x, inner, words, blocks),
     )
     return hidden
 
@@ -731,16 +744,16 @@ def down_prefill(hidden: torch.Tensor, tiles: Tiles, down: Packed, blocks: Prefi
         width,
         words,
         MAGIC[hidden.dtype],
-        **prefill_constants(hidden, words, blocks),
+        **prefill_constants(hidden, width, words, blocks),
     )
     return outputs
 
 
-def prefill_constants(x: torch.Tensor, words: int, blocks: PrefillBlocks) -> dict[str, object]:
+def prefill_constants(x: torch.Tensor, outputs: int, words: int, blocks: PrefillBlocks) -> dict[str, object]:
     return {
         "DTYPE": {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype],
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",  # only fp32 products use it
-        "EVEN": words % blocks.words == 0,
+        "EVEN": outputs % blocks.outputs == 0 and words % blocks.words == 0,  # no edge needs a mask
         "BLOCK_M": blocks.rows,
         "BLOCK_N": blocks.outputs,
         "BLOCK_W": blocks.words,

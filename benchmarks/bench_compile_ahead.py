@@ -191,8 +191,8 @@ def count_variants(arch: int) -> dict[str, int]:
     kinds: dict[str, Callable[[], None]] = {
         "no mask": lambda: fill_cache("none"),
         "padding": lambda: fill_cache("padding"),
-        "lengths": lambda: fill_static_cache(),
-        "experts": lambda: [call_experts(rows) for rows in rows_to_try()] and None,
+        "lengths": fill_static_cache,
+        "experts": few_and_many_rows,
     }
     for kind, run in kinds.items():
         with recording(arch) as (found, _):
@@ -215,16 +215,16 @@ def fill_static_cache() -> None:
             call_attention(new, capacity, "rows" if new > 1 else "none", lengths=True)
 
 
-def rows_to_try() -> list[int]:
-    return [*range(1, 200), *range(200, 4097, 37), 4096]
+def few_and_many_rows(dtype: torch.dtype = torch.bfloat16) -> None:
+    for rows in (*range(1, 200), *range(200, 4097, 37), 4096):
+        call_experts(rows, dtype=dtype)
 
 
 def compare_self_tests(arch: int, dtype: torch.dtype) -> dict[str, list[str]]:
     """What only the full model compiles and what only the self-tests do; empty lists if they are the same."""
     device = torch.device("meta")
     with recording(arch) as (full, _):
-        for rows in rows_to_try():
-            call_experts(rows, dtype=dtype)
+        few_and_many_rows(dtype)
         for new, mask, lengths in (
             (1, "none", False),
             (1, "padding", False),

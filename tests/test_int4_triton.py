@@ -1,7 +1,6 @@
 """The Triton experts against the plain reference, in fp64: under Triton's interpreter on a CPU, compiled on a GPU.
 
-What the interpreter cannot see, that kernels compile and without spilling registers, `test_kernels_compile` checks in a
-process of its own; triton brings its own assembler.
+What the interpreter cannot see, how kernels compile, is in `test_compile_ahead.py`.
 """
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed (make test-kernels installs it)")
 
-from builders import assert_close, compile_without_a_gpu, skip_unless_interpretable  # noqa: E402
+from builders import assert_close, skip_unless_interpretable  # noqa: E402
 from kimi import kimi_int4_triton  # noqa: E402
 from kimi.kimi_experts import ExpertMatrices, run_experts  # noqa: E402
 from kimi.kimi_int4 import pack_int4  # noqa: E402
@@ -48,8 +47,9 @@ def small_blocks(monkeypatch):
     """Blocks smaller than the sizes below and no divisors of them: loops run more than once, every edge is ragged."""
     few = DecodeBlocks(64, 2, 1, 128)
     monkeypatch.setattr(kimi_int4_triton, "DECODE", Decode(few, few))
-    for table in ("PREFILL_FP32", "PREFILL_OTHER", "PREFILL_HOPPER"):
+    for table in ("PREFILL_FP32", "PREFILL_OTHER"):
         monkeypatch.setattr(kimi_int4_triton, table, (SMALL,))
+    monkeypatch.setattr(kimi_int4_triton, "PREFILL_BY_MAJOR", {})
 
 
 def random_matrices(experts, outputs, inputs, generator, scale_dtype=torch.bfloat16):
@@ -310,57 +310,6 @@ def test_no_host_sync(rows, monkeypatch):
     for name in ("__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     run_experts_triton(*inputs, *matrices)
-
-
-# ------------------------------------------------------------------------------------------------------ compiled code
-
-COMPILE = """
-import re, subprocess, sys, tempfile, os
-import torch, triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kimi import kimi_int4_triton as k
-
-def build(kernel, arch, warps, stages=3, registers=None, act="*bf16", **constants):
-    types = {"topk_ids": "*i64", "topk_weights": "*fp32", "output": "*bf16" if "DTYPE" in constants else "*fp32"}
-    for name in kernel.arg_names:
-        if name in constants: types[name] = "constexpr"
-        elif name in ("order", "tile_expert", "tile_first", "expert_ends", "gate", "up", "down"): types[name] = "*i32"
-        elif name.endswith("scale"): types[name] = "*bf16"
-        elif name in ("x", "hidden", "outputs"): types[name] = act
-        else: types.setdefault(name, "i32")
-    unaligned = ("K", "E", "magic", "scale_step")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-               if name not in constants and name not in unaligned}
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, {n: types[n] for n in kernel.arg_names}, places, aligned)
-    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
-    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return code
-
-arch = int(sys.argv[1])
-for kernel, blocks in ((k.gate_up_decode_kernel, k.DECODE.gate_up), (k.down_decode_kernel, k.DECODE.down)):
-    code = build(kernel, arch, blocks.warps, registers=blocks.registers, act="*fp32", BLOCK_N=blocks.outputs,
-                 BLOCK_G=blocks.groups)
-    ptx = code.asm["ptx"]
-    assert "ld.global.v4" in ptx, "words are not read 16 bytes at a time"
-    assert "bar.sync" not in ptx, "threads exchange data"
-    print(kernel.__name__, "shared", code.metadata.shared)
-table = k.PREFILL_HOPPER if arch == 90 else k.PREFILL_OTHER
-for kernel, blocks in ((k.gate_up_prefill_kernel, table[-1][1]), (k.down_prefill_kernel, table[-1][2])):
-    code = build(kernel, arch, blocks.warps, blocks.stages, DTYPE=tl.bfloat16, PRECISION="tf32", EVEN=True,
-                 BLOCK_M=blocks.rows, BLOCK_N=blocks.outputs, BLOCK_W=blocks.words)
-    assert ("wgmma.mma_async" if arch == 90 else "mma.sync") in code.asm["ptx"], "no tensor cores"
-    limit = (227 if arch == 90 else 99) * 1024
-    assert code.metadata.shared <= limit, (kernel.__name__, code.metadata.shared)
-    print(kernel.__name__, "shared", code.metadata.shared)
-"""
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-def test_kernels_compile(arch, tmp_path):
-    """For bf16 at real sizes: words are read 16 bytes at a time, products use tensor cores, tiles fit shared memory."""
-    compile_without_a_gpu(COMPILE, arch, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ GPU only
