@@ -57,6 +57,8 @@ def why_not(operation: str, device: torch.device, dtype: torch.dtype, plain: Ref
     """None if the kernels run on this device and agree with `plain`, which is tried once."""
     if NO_TRITON is not None or device.type != "cuda":
         return NO_TRITON or f"its tensors are on {device}"
+    if operation == "route":
+        dtype = torch.float32  # of logits, whatever the model's is
     if torch.compiler.is_compiling():
         return finding(operation, str(device), dtype)
     key = operation, str(device), dtype
