@@ -213,14 +213,13 @@ def pick_blocks(heads: int, like: torch.Tensor) -> AttentionBlocks:
 
 def usable_blocks(device: torch.device, dtype: torch.dtype) -> list[AttentionBlocks]:
     """The configurations for a device, best first, without those that UNUSABLE lists."""
-    table = FP32 if dtype == torch.float32 else BY_MAJOR.get(capability_major(device), OTHER)
+    table = OTHER
+    if dtype == torch.float32:
+        table = FP32
+    elif device.type != "cpu":
+        table = BY_MAJOR.get(torch.cuda.get_device_capability(device)[0], OTHER)
     unusable = UNUSABLE.get(device, set())
     return [blocks for blocks in table if (dtype, blocks) not in unusable]
-
-
-def capability_major(device: torch.device) -> int:
-    """8 for Ampere and Ada, 9 for Hopper, 10 and 12 for Blackwell; 0 for a CPU, which interprets."""
-    return 0 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
 
 
 class SelfTest(NamedTuple):
@@ -237,7 +236,7 @@ class SelfTest(NamedTuple):
     key: tuple[torch.dtype, AttentionBlocks]
 
 
-SELF_TEST_SHAPE = (1, 64, 512, 64)  # B, h, c, dr: the full model's
+SELF_TEST_SIZES = (1, 64, 512, 64)  # B, h, c, dr: the full model's
 
 
 def self_test_cases(device: torch.device, dtype: torch.dtype) -> Iterator[SelfTest]:

@@ -17,7 +17,6 @@ import importlib
 import io
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -29,9 +28,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault(
-    "TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="compile_ahead_")
-)  # a cached one has no log
 
 import torch
 import triton
@@ -243,7 +239,7 @@ def compare_self_tests(arch: int, dtype: torch.dtype) -> dict[str, list[str]]:
                 mask,
                 case.lengths,
                 dtype=dtype,
-                shape=attention.SELF_TEST_SHAPE,
+                shape=attention.SELF_TEST_SIZES,
             )
     return {
         "full model only": sorted(full.keys() - small.keys()),
@@ -258,7 +254,7 @@ def launches(arch: int) -> list[Launch]:
     """Each variant that the full model's calls need, once."""
     with recording(arch) as (found, what):
         for rows in TOKENS:
-            what.append(f"{rows} tokens")
+            what.append("1 token" if rows == 1 else f"{rows} tokens")
             call_experts(rows)
         for new, mask in ((1, "none"), (1, "padding"), (8, "none"), (8, "rows")):
             what.append(f"{new} new, mask {mask}")
@@ -281,9 +277,15 @@ def launches(arch: int) -> list[Launch]:
 def compiled(launch: Launch) -> tuple[Any, str]:
     """As JITFunction compiles it, and what ptxas said."""
     source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
-    log = io.StringIO()
-    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
-        triton.knobs.nvidia.dump_ptxas_log = True
+    log, knobs = io.StringIO(), triton.knobs
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        knobs.nvidia.scope(),
+        knobs.cache.scope(),
+        contextlib.redirect_stdout(log),
+    ):
+        knobs.cache.dir = folder  # from a cache it would come without a log
+        knobs.nvidia.dump_ptxas_log = True
         code = triton.compile(
             source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options.__dict__
         )
@@ -390,10 +392,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("|---|" + "---|" * len(archs))
     table: dict[tuple[str, str], dict[int, str]] = collections.defaultdict(dict)
     for row in rows:
-        cell = (
-            f"{row['blocks']}: {row['registers']} / {row['shared'] / 1024:.0f} / {row['warps_per_processor']}"
-        )
-        cell += f", {row['per_weight']}" if row["per_weight"] else ""
+        cell = f"{row['registers']} / {row['shared'] / 1024:.0f} / {row['warps_per_processor']}"
+        cell = f"{row['blocks']}: {cell}, {row['per_weight']}" if row["per_weight"] else cell
         cell += f", spills {len(row['spilled'])}" if row["spilled"] else ""
         table[row["kernel"], row["what"]][row["arch"]] = cell
     for (kernel, what), cells in table.items():

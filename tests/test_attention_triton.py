@@ -157,7 +157,9 @@ def test_unusable_configurations_are_skipped(monkeypatch):
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
     unusable = set()
     monkeypatch.setattr(kimi_attention_triton, "UNUSABLE", {device: unusable})
-    monkeypatch.setattr(kimi_attention_triton, "capability_major", lambda device: 9)
+    two = (BLOCKS._replace(heads=64), BLOCKS)
+    monkeypatch.setattr(kimi_attention_triton, "OTHER", two)
+    monkeypatch.setattr(kimi_attention_triton, "BY_MAJOR", {})
     like, tried = torch.empty(0, dtype=torch.float16, device=device), []
     for case in self_test_cases(device, like.dtype):  # all fail
         assert case.key == (like.dtype, pick_blocks(64, like))
