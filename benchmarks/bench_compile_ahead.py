@@ -37,14 +37,17 @@ from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 attention = importlib.import_module("kimi.kimi_attention_triton")
 experts = importlib.import_module("kimi.kimi_int4_triton")
+layer = importlib.import_module("kimi.kimi_layer_triton")
+gpu = importlib.import_module("kimi.kimi_gpu")
 
 EXPERTS, WIDTH, INNER, CHOICES = 384, 7168, 2048, 8  # config.json's
-HEADS, LATENT, ROPE = 64, 512, 64
+HEADS, LATENT, ROPE, NOPE, QUERY_RANK = 64, 512, 64, 128, 1536
 LONGEST = 262144
 TOKENS = (1, 4, 16, 64, 1024, 2048, 4096)
 KERNELS = {
     experts: ("gate_up_decode", "down_decode", "gate_up_prefill", "down_prefill", "combine"),
     attention: ("partial", "merge"),
+    layer: ("rms_norm", "silu_and_mul", "add_rounded", "route", "rotate_and_append"),
 }
 
 
@@ -170,6 +173,22 @@ def call_attention(
     )
 
 
+def call_layer(new: int, capacity: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The small operations of a layer with experts, for `new` tokens that go into a cache with `capacity`."""
+    latent, k_pe = empty(1, 1, new, LATENT + ROPE, dtype=dtype).split((LATENT, ROPE), dim=-1)
+    for x in (empty(1, new, WIDTH, dtype=dtype), empty(1, new, QUERY_RANK, dtype=dtype), latent):
+        layer.rms_norm_triton(x, empty(x.shape[-1], dtype=dtype), 1e-5)
+    q_pe = empty(1, new, HEADS, NOPE + ROPE, dtype=dtype).transpose(1, 2)[..., NOPE:]
+    angles = empty(1, new, ROPE // 2, dtype=torch.float32)
+    buffers = (empty(1, 1, capacity, width, dtype=dtype) for width in (LATENT, ROPE))
+    places = (buffer[:, :, capacity - new :] for buffer in buffers)
+    layer.rotate_and_append_triton(q_pe, latent, k_pe, angles, angles, *places)
+    logits, bias = empty(new, EXPERTS, dtype=torch.float32), empty(EXPERTS, dtype=torch.float32)
+    layer.route_triton(logits, bias, CHOICES, True, 2.827)
+    layer.silu_and_mul_triton(empty(1, new, INNER, dtype=dtype), empty(1, new, INNER, dtype=dtype))
+    layer.add_rounded_triton(empty(1, new, WIDTH, dtype=torch.float32), empty(1, new, WIDTH, dtype=dtype))
+
+
 def generation() -> Iterator[tuple[int, int, int]]:
     """(T, S, capacity of the cache) of the calls that fill a dynamic cache to LONGEST: a prompt in chunks of which the
     last is short, then tokens. Every length up to 3,000 and, for speed, each 61st after it: all remainders of 16."""
@@ -189,6 +208,7 @@ def count_variants(arch: int) -> dict[str, int]:
         "padding": lambda: fill_cache("padding"),
         "lengths": fill_static_cache,
         "experts": few_and_many_rows,
+        "layer": grow,
     }
     for kind, run in kinds.items():
         with recording(arch) as (found, _):
@@ -211,6 +231,11 @@ def fill_static_cache() -> None:
             call_attention(new, capacity, "rows" if new > 1 else "none", lengths=True)
 
 
+def grow() -> None:
+    for new, _, capacity in generation():
+        call_layer(new, capacity)
+
+
 def few_and_many_rows(dtype: torch.dtype = torch.bfloat16) -> None:
     for rows in (*range(1, 200), *range(200, 4097, 37), 4096):
         call_experts(rows, dtype=dtype)
@@ -228,6 +253,7 @@ def compare_self_tests(arch: int, dtype: torch.dtype) -> dict[str, list[str]]:
             (300, "rows", False),
         ):
             call_attention(new, 8201, mask, lengths, capacity=9001, dtype=dtype)
+            call_layer(new, 9001, dtype)
     with recording(arch) as (small, _):
         for case in experts.self_test_cases(device, dtype):
             call_experts(case.rows, experts.SELF_TEST_SHAPE, dtype)
@@ -241,6 +267,10 @@ def compare_self_tests(arch: int, dtype: torch.dtype) -> dict[str, list[str]]:
                 dtype=dtype,
                 shape=attention.SELF_TEST_SIZES,
             )
+        for name in KERNELS[layer]:
+            # Tensors on "meta" have no values, so after the launches nothing can be compared.
+            with mock.patch.object(gpu, "check_agreement"), contextlib.suppress(ValueError):
+                gpu.SELF_TESTS[name](device, dtype, lambda first, *others: first)
     return {
         "full model only": sorted(full.keys() - small.keys()),
         "self-tests only": sorted(small.keys() - full.keys()),
@@ -267,7 +297,10 @@ def launches(arch: int) -> list[Launch]:
                 what.append("fallback")
                 call_attention(case.num_new, 8200)
                 attention.UNUSABLE.setdefault(device, set()).add(case.key)
+        what.append("a layer")
+        call_layer(1, 9000)
         what.append("fp32")
+        call_layer(1, 9000, torch.float32)
         call_experts(1, dtype=torch.float32)
         call_experts(64, dtype=torch.float32)
         call_attention(1, 8200, dtype=torch.float32)

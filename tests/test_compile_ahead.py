@@ -40,7 +40,9 @@ def test_a_generation_compiles_a_fixed_small_number_of_variants(arch, prefill, v
     numbers = {"gate_up_decode": 1, "down_decode": 1, "combine": 1}
     numbers |= {"gate_up_prefill": prefill, "down_prefill": prefill}
     experts = {f"experts: {kernel}_kernel": number for kernel, number in numbers.items()}
-    assert variants[arch]["counts"] == attention | experts
+    small = {"rms_norm": 3, "silu_and_mul": 1, "add_rounded": 1, "route": 1, "rotate_and_append": 1}
+    layer = {f"layer: {kernel}_kernel": number for kernel, number in small.items()}
+    assert variants[arch]["counts"] == attention | experts | layer
 
 
 @pytest.mark.parametrize("arch", ["90", "100", "120"])
@@ -96,6 +98,11 @@ def test_every_kernel_fits_and_nothing_spills(kernels):
             "combine",
             "partial",
             "merge",
+            "rms_norm",
+            "silu_and_mul",
+            "add_rounded",
+            "route",
+            "rotate_and_append",
         )
     }
     for kernel in kernels:
