@@ -92,7 +92,7 @@ def latent_attention_triton(
     """
     batch, heads, num_new, width = q_latent.shape
     num_total, rope_width = latent.shape[2], k_pe.shape[3]
-    check(q_latent, q_pe, latent, k_pe, mask)
+    check(q_latent, q_pe, latent, k_pe, mask, lengths)
     blocks = blocks or pick_blocks(heads, q_latent)
     row_blocks = num_new * triton.cdiv(heads, blocks.heads)
     splits = num_splits(batch * row_blocks, num_total, q_latent.device)
@@ -178,6 +178,7 @@ def check(
     latent: torch.Tensor,
     k_pe: torch.Tensor,
     mask: torch.Tensor | None,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """Raises for inputs that a kernel, which sees only pointers, would misread."""
     batch, _, num_new, width = q_latent.shape
@@ -199,6 +200,15 @@ def check(
         have in (want, 1) for have, want in zip(mask.shape, (batch, 1, num_new, num_total), strict=True)
     ):
         raise ValueError(f"mask {tuple(mask.shape)}, expected {(batch, 1, num_new, num_total)}.")
+    if any(t is not None and t.device != q_latent.device for t in (q_pe, latent, k_pe, mask, lengths)):
+        raise ValueError(f"queries are on {q_latent.device}; cache, mask and lengths must be there, too.")
+    if lengths is not None and not (
+        lengths.shape == (batch,) and lengths.is_contiguous() and not lengths.is_floating_point()
+    ):
+        raise ValueError(
+            f"lengths {lengths.dtype} {tuple(lengths.shape)} with strides {lengths.stride()}, expected {batch} integers"
+            " side by side."
+        )
 
 
 def pick_blocks(heads: int, like: torch.Tensor) -> AttentionBlocks:
@@ -249,6 +259,7 @@ def self_test_cases(device: torch.device, dtype: torch.dtype) -> Iterator[SelfTe
             ("one token", 1, "none", False),
             ("several tokens and a mask", 8, "bool", False),  # as one token and a mask
             ("one token and lengths", 1, "none", True),
+            ("one token of a static cache", 1, "bool", True),
         ):
             key = dtype, usable[0]
             yield SelfTest(f"{name}, {usable[0]}", num_new, 300, mask, lengths, key)

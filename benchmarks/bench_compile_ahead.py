@@ -228,7 +228,7 @@ def fill_cache(mask: str) -> None:
 def fill_static_cache() -> None:
     for capacity in (LONGEST, 100_001):
         for new in (4096, 7, 1):
-            call_attention(new, capacity, "rows" if new > 1 else "none", lengths=True)
+            call_attention(new, capacity, "rows" if new > 1 else "padding", lengths=True)
 
 
 def grow() -> None:
@@ -250,6 +250,7 @@ def compare_self_tests(arch: int, dtype: torch.dtype) -> dict[str, list[str]]:
             (1, "none", False),
             (1, "padding", False),
             (1, "none", True),
+            (1, "padding", True),
             (300, "rows", False),
         ):
             call_attention(new, 8201, mask, lengths, capacity=9001, dtype=dtype)
@@ -290,7 +291,7 @@ def launches(arch: int) -> list[Launch]:
             what.append(f"{new} new, mask {mask}")
             call_attention(new, 8200, mask, capacity=9000)
         what.append("1 new, lengths")
-        call_attention(1, 8200, lengths=True)
+        call_attention(1, 8200, "padding", lengths=True)
         device = torch.device("meta")
         with mock.patch.dict(attention.UNUSABLE):
             for case in attention.self_test_cases(device, torch.bfloat16):
