@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bench_experts import Clock, captured
+from bench_experts import Clock
 from gpu_report import Poisoned, require
+
+from kimi.kimi_experts import ExpertMatrices
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,28 @@ class Device:
     def normal(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(shape, device=self.device, generator=self.generator).to(dtype)
 
+    def uniform(self, *shape: int) -> torch.Tensor:
+        return torch.rand(shape, device=self.device, generator=self.generator)
+
+    def layer(self, experts: int) -> list[ExpertMatrices]:
+        """As bench_experts.random_layer. A generator of its own: after a capture that failed, torch's refuses."""
+
+        def matrices(outputs: int, inputs: int) -> ExpertMatrices:
+            words = torch.empty(experts, outputs, inputs // 8, dtype=torch.int32, device=self.device)
+            words.view(torch.uint8).random_(0, 256, generator=self.generator)
+            scales = self.uniform(experts, outputs, inputs // 32)
+            return ExpertMatrices(words, scales.mul_(0.2 / inputs**0.5).bfloat16())
+
+        width, inner = self.sizes.width, self.sizes.inner
+        return [matrices(inner, width), matrices(inner, width), matrices(width, inner)]
+
+    def batch(self, rows: int, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (R, H), ids and weights (R, K), as bench_experts.random_batch."""
+        choices = self.sizes.choices
+        ids = self.uniform(rows, experts).topk(choices, dim=-1).indices
+        weights = self.uniform(rows, choices)
+        return self.normal(rows, self.sizes.width), ids, weights * (2.827 / weights.sum(-1, keepdim=True))
+
     def pinned(self, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=not self.dry)
 
@@ -73,7 +97,11 @@ class Device:
         if self.dry:
             return {"peak_gb": 0.0}
         free, total = torch.cuda.mem_get_info()
-        return {"peak_gb": torch.cuda.max_memory_allocated() / 1e9, "free_gb": free / 1e9, "total_gb": total / 1e9}
+        return {
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "free_gb": free / 1e9,
+            "total_gb": total / 1e9,
+        }
 
     @contextlib.contextmanager
     def poisoned(self) -> Iterator[None]:
@@ -118,17 +146,15 @@ class Device:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):  # compiles, loads, and makes cuBLAS's workspace, none of which may happen in a capture
+            for _ in range(
+                3
+            ):  # compiles, loads, and makes cuBLAS's workspace, none of which may happen in a capture
                 call()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             output = call()
         return Captured(output, graph.replay)
-
-    def captured(self, call: Callable[[], Any]) -> Callable[[], Any] | None:
-        """For timing: the replay, or None where the call asks the device."""
-        return None if self.dry else captured(call)
 
     def streams(self, number: int) -> list[Any]:
         """Side streams that begin after what was launched so far."""
@@ -174,12 +200,12 @@ class Device:
         clock.device, clock.budget_s, clock.flush = self.device, 0.0, torch.zeros(16, dtype=torch.uint8)
         return clock
 
-    def time(self, clock: Clock, call: Callable[[], Any], cold: bool = True) -> dict[str, Any]:
-        """The median of one call, by a graph where it can be captured."""
+    def time(self, clock: Clock, call: Callable[[], Any], in_graph: bool = True) -> dict[str, Any]:
+        """The median of one call, caches cold; by a graph unless it asks the device, which spoils the process for more."""
         call()  # compiles
-        replay = self.captured(call)
-        seconds, runs = clock.median(replay or call, cold)
-        return {"us": seconds * 1e6, "runs": runs, "graph": replay is not None}
+        in_graph = in_graph and not self.dry
+        seconds, runs = clock.median(self.graph(call).replay if in_graph else call)
+        return {"us": seconds * 1e6, "runs": runs, "graph": in_graph}
 
 
 def tensors_of(output: Any) -> list[torch.Tensor]:
@@ -245,4 +271,6 @@ def check_error(found: dict[str, Any], got: torch.Tensor, want: torch.Tensor, li
 def check_equal(got: Any, want: Any, what: str) -> None:
     """Bit for bit."""
     for one, other in zip(tensors_of(got), tensors_of(want), strict=True):
-        require(torch.equal(one, other), f"{what}: {int((one != other).sum())} of {one.numel()} values differ")
+        require(
+            torch.equal(one, other), f"{what}: {int((one != other).sum())} of {one.numel()} values differ"
+        )

@@ -5,6 +5,7 @@ would take too long. `experts_calls` and `attention_calls` are also what is comp
 """
 
 import contextlib
+import functools
 import importlib
 import platform
 import random
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from bench_experts import random_batch, random_layer
 from gpu_device import Device, attention_kernels, check_equal, check_error, experts_kernels, tensors_of
 from gpu_report import Results, require
 
@@ -36,12 +36,13 @@ def ceilings(device: Device, results: Results) -> None:
         found.update(card(device))
     clock = device.clock(1.0)
     with results.check("copy rate") as found:
-        source = torch.empty(2**16 if device.dry else 2**31, dtype=torch.uint8, device=device.device).random_()
+        source = torch.empty(
+            2**16 if device.dry else 2**31, dtype=torch.uint8, device=device.device
+        ).random_()
         target = torch.empty_like(source)
         seconds, runs = clock.median(lambda: target.copy_(source), cold=False)
         check_equal(target, source, "the copy")
         found.update(measured=True, gb_per_s=2 * source.numel() / seconds / 1e9, runs=runs)
-        del source, target
     with results.check("bf16 product rate") as found:
         n = 64 if device.dry else 8192
         a, b = device.normal(n, n), device.normal(n, n)
@@ -68,7 +69,11 @@ def launches_into(call: Callable[[], None], output: torch.Tensor) -> Callable[[]
 
 
 def card(device: Device) -> dict[str, Any]:
-    found: dict[str, Any] = {"date": date.today().isoformat(), "dry": device.dry, "python": platform.python_version()}
+    found: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "dry": device.dry,
+        "python": platform.python_version(),
+    }
     for name in ("torch", "triton", "transformers", "numpy"):
         with contextlib.suppress(ImportError):
             found[name] = importlib.import_module(name).__version__
@@ -135,14 +140,16 @@ def forced(run: Callable[..., torch.Tensor], blocks: Any) -> Callable[..., torch
 
 def experts(device: Device, results: Results) -> None:
     sizes, draw = device.sizes, random.Random(0)
-    layer = random_layer(sizes.experts, sizes.width, sizes.inner, device.device)
+    layer = device.layer(sizes.experts)
     for call in results.within(experts_calls(device)):
         with results.check(call.name) as found:
-            x, ids, weights = random_batch(call.rows, sizes.experts, sizes.choices, sizes.width, device.device)
+            x, ids, weights = device.batch(call.rows, sizes.experts)
             x = x.to(call.dtype)
             with device.poisoned():
                 got = call.run(x, ids, weights, *layer)
-            require(got.dtype == torch.float32 and got.shape == x.shape, f"gave {got.dtype} {tuple(got.shape)}")
+            require(
+                got.dtype == torch.float32 and got.shape == x.shape, f"gave {got.dtype} {tuple(got.shape)}"
+            )
             require(bool(got.isfinite().all()), f"{int((~got.isfinite()).sum())} values are not finite")
             rows = sorted({0, call.rows - 1, *(draw.randrange(call.rows) for _ in range(3))})
             want = torch.stack([exact_row(x[row], ids[row], weights[row], layer) for row in rows])
@@ -150,13 +157,13 @@ def experts(device: Device, results: Results) -> None:
             for _ in range(2):
                 check_equal(call.run(x, ids, weights, *layer), got, "a repeated run")
     with results.check("a few experts get all rows") as found:
-        rows = 20 if device.dry else 600
-        x, ids, weights = random_batch(rows, sizes.experts, sizes.choices, sizes.width, device.device)
+        number = 20 if device.dry else 600
+        x, ids, weights = device.batch(number, sizes.experts)
         ids.copy_(ids[:1].expand_as(ids).clone())
         with device.poisoned():
             got = experts_kernels(device).run_experts_triton(x, ids, weights, *layer)
-        want = torch.stack([exact_row(x[row], ids[row], weights[row], layer) for row in (0, rows - 1)])
-        check_error(found, got[[0, rows - 1]], want, BF16_LIMIT)
+        want = torch.stack([exact_row(x[row], ids[row], weights[row], layer) for row in (0, number - 1)])
+        check_error(found, got[[0, number - 1]], want, BF16_LIMIT)
 
 
 def exact_row(
@@ -216,7 +223,9 @@ def attention_calls(device: Device) -> list[AttentionCall]:
     ]
 
 
-def attention_inputs(device: Device, call: AttentionCall, like: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+def attention_inputs(
+    device: Device, call: AttentionCall, like: Callable[..., torch.Tensor]
+) -> list[torch.Tensor]:
     """q_latent, q_pe, latent, k_pe of `like`'s values; the cache is the filled part of buffers that go on with NaN."""
     sizes = device.sizes
 
@@ -225,7 +234,10 @@ def attention_inputs(device: Device, call: AttentionCall, like: Callable[..., to
         buffer[:, :, call.total :] = float("nan")
         return buffer[:, :, : call.total]
 
-    queries = [like(call.batch, sizes.heads, call.new, width, dtype=call.dtype) for width in (sizes.latent, sizes.rope)]
+    queries = [
+        like(call.batch, sizes.heads, call.new, width, dtype=call.dtype)
+        for width in (sizes.latent, sizes.rope)
+    ]
     return [*queries, in_buffer(sizes.latent), in_buffer(sizes.rope)]
 
 
@@ -292,16 +304,16 @@ def graph_cases(device: Device) -> Iterator[tuple[str, Callable[[], Any], Callab
     """Name, a call, and what changes the values of its inputs."""
     sizes, k = device.sizes, experts_kernels(device)
     few = min(sizes.experts, 64)
-    layer = random_layer(few, sizes.width, sizes.inner, device.device)
+    layer = device.layer(few)
     for rows in (1, 2, 17) if device.dry else (1, 16, 64, 600):
-        batch = random_batch(rows, few, sizes.choices, sizes.width, device.device)
+        batch = device.batch(rows, few)
 
         def other_routing(batch: Any = batch, rows: int = rows) -> None:
-            fresh = random_batch(rows, few, sizes.choices, sizes.width, device.device)
+            fresh = device.batch(rows, few)
             for old, new in zip(batch, fresh, strict=True):
                 old.copy_(new)
 
-        yield f"experts {rows} rows", lambda batch=batch: k.run_experts_triton(*batch, *layer), other_routing
+        yield f"experts {rows} rows", functools.partial(k.run_experts_triton, *batch, *layer), other_routing
     call = AttentionCall(1, 33 if device.dry else 3001, 2)
     inputs = attention_inputs(device, call, device.normal)
     lengths = torch.tensor([call.total // 3, call.total // 2], device=device.device)

@@ -163,7 +163,9 @@ def summary(entries: list[dict[str, Any]]) -> str:
     bad = [end for end in ends if end["rc"] != 0]
     lines += ["", f"{len(wrong)} of {len(checks)} checks failed" + (":" if wrong else "")]
     lines += [f"  {entry['step']}: {entry['check']}: {last_line(entry)[:160]}" for entry in wrong[:40]]
-    measured = [entry for entry in checks if entry.get("measured")]
+    dry = any(entry.get("dry") for entry in checks)
+    measured = [entry for entry in checks if entry.get("measured") and not dry]
+    lines += ["  a dry run: it measures nothing"] if dry else []
     lines += [f"  {entry['step']}: {entry['check']}: {figures(entry)[:150]}" for entry in measured[:60]]
     named = ", ".join(f"{end['step']} ({end.get('ended')})" for end in bad)
     lines += ["", f"not right: {named}" if named else f"all {len(ends)} steps are right"]
@@ -203,7 +205,10 @@ def table(files: Sequence[Path]) -> str:
         "are rendered from them by `python benchmarks/gpu_check.py keep OUT`.",
     ]
     if not files:
-        lines += ["", "No run has been made yet: this folder holds no result, and no figure for a GPU is known."]
+        lines += [
+            "",
+            "No run has been made yet: this folder holds no result, and no figure for a GPU is known.",
+        ]
     for file in files:
         lines += ["", f"## {file.stem}", ""]
         entries = read(file)
@@ -213,7 +218,9 @@ def table(files: Sequence[Path]) -> str:
             own = [entry for entry in entries if entry.get("step") == name and "check" in entry]
             failed = sum(not entry.get("ok") for entry in own)
             lines.append(f"| {name} | {end.get('ended')} | {len(own)} | {failed} |")
-        shown = [entry for entry in entries if entry.get("measured") or ("check" in entry and not entry["ok"])]
+        shown = [
+            entry for entry in entries if entry.get("measured") or ("check" in entry and not entry["ok"])
+        ]
         lines += ["", "| step | what | found |", "|---|---|---|"] if shown else []
         for entry in shown:
             found = figures(entry) if entry["ok"] else f"failed: {last_line(entry)}"
