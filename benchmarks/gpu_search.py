@@ -91,6 +91,8 @@ def blocks_of(device: Device, problem: Problem) -> list[Any]:
     """By what the compiled code of each was like: few registers and many warps first, odd shapes last."""
     if problem.kind.endswith("_decode"):
         make = experts_kernels(device).DecodeBlocks
+        if device.dry:
+            return [make(outputs, 32, 1, 128) for outputs in (32, 16)]
         return [
             make(outputs=outputs, groups=32 * warps, warps=warps, registers=registers)
             for warps, registers, outputs in itertools.product(
