@@ -9,10 +9,12 @@ Letters: B sequences, h heads, T new tokens, S cached and new tokens, c = kv_lor
 All h T queries of a sequence share one cache, and the latent is both key and value. So a step at depth S has to read
 2 (c + dr) bytes a token at least, and the kernels are built to read them only once:
 
-    partial  A program takes up to 64 queries (all heads of one new token) as the rows of its products, walks over its
-             part of the cache in blocks of keys, uses each block for the scores and again for the output, and keeps a
-             running maximum and sum (online softmax). One sequence has too few queries to fill a GPU, so the cache is
-             split between programs (flash-decoding). It leaves an unnormalised output, its maximum and its sum.
+    partial  A program takes up to 64 heads of one new token as the rows of its products, walks over its part of the
+             cache in blocks of keys, uses each block for the scores and again for the output, and keeps a running
+             maximum and sum (online softmax). One sequence has too few queries to fill a GPU, so the cache is split
+             between programs (flash-decoding). It leaves an unnormalised output, its maximum and its sum. Heads share
+             a mask, so a program needs one row of it; a tile of several, loaded in another layout than the scores',
+             made ptxas serialise the products.
     merge    Rescales the parts of a query to their common maximum and adds them, in the order of the splits.
 
 The number of splits follows from shapes and the device, never from data, so a call can be captured in a CUDA graph. With
@@ -32,6 +34,7 @@ for long-context inference", 2023; online softmax: Milakov and Gimelshein, arXiv
 import contextlib
 import math
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -49,12 +52,27 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 class AttentionBlocks(NamedTuple):
-    """A program holds `queries` rows and walks over `keys` cached tokens at a time."""
+    """A program holds `heads` rows and walks over `keys` cached tokens at a time."""
 
-    queries: int
+    heads: int
     keys: int
     warps: int
     stages: int
+
+
+# Untuned, best first; the rest are for a device or a compiler on which the first fails its test. 64 rows of 512 take half
+# the registers of a Hopper multiprocessor for their output alone; on Blackwell's (major 10), where that is in tensor
+# memory but 64 keys take 344 KiB of shared memory, 32 keys fit.
+SMALL = AttentionBlocks(16, 32, 4, 2)
+OTHER: tuple[AttentionBlocks, ...] = (SMALL,)
+BY_MAJOR: dict[int, tuple[AttentionBlocks, ...]] = {  # by compute capability
+    9: (AttentionBlocks(64, 64, 8, 2), SMALL),
+    10: (AttentionBlocks(64, 32, 8, 2), SMALL),
+}
+FP32: tuple[AttentionBlocks, ...] = (AttentionBlocks(16, 16, 4, 1),)
+
+# Per device what failed its test: keys of `SelfTest`. Filled by who runs the tests, before the first call.
+UNUSABLE: dict[torch.device, set[tuple[torch.dtype, AttentionBlocks]]] = {}
 
 
 def latent_attention_triton(
@@ -75,8 +93,8 @@ def latent_attention_triton(
     batch, heads, num_new, width = q_latent.shape
     num_total, rope_width = latent.shape[2], k_pe.shape[3]
     check(q_latent, q_pe, latent, k_pe, mask)
-    blocks = blocks or pick_blocks(heads * num_new, q_latent)
-    row_blocks = triton.cdiv(heads * num_new, blocks.queries)
+    blocks = blocks or pick_blocks(heads, q_latent)
+    row_blocks = num_new * triton.cdiv(heads, blocks.heads)
     splits = num_splits(batch * row_blocks, num_total, q_latent.device)
     dtype = torch.float32 if INTERPRETED and q_latent.dtype == torch.bfloat16 else q_latent.dtype
 
@@ -107,20 +125,19 @@ def latent_attention_triton(
             k_pe.stride(0),
             k_pe.stride(2),
             *mask_strides,
-            heads * num_new,
+            heads,
             num_new,
             num_total,
+            splits,
             scaling * LOG2_E,
-            SPLITS=splits,
             C=width,
             R=rope_width,
             MASK="none" if mask is None else "bool" if mask.dtype == torch.bool else "float",
-            MASK_ROWS=mask is not None and mask.shape[2] > 1,
             DTYPE={torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype],
             PRECISION="ieee" if dtype == torch.float32 else "tf32",  # only fp32 products use it
             LOWEST=LOWEST,
             LOG2_E=LOG2_E,
-            BLOCK_M=blocks.queries,
+            BLOCK_M=blocks.heads,
             BLOCK_S=blocks.keys,
             BLOCK_C=triton.next_power_of_2(width),
             BLOCK_R=triton.next_power_of_2(rope_width),
@@ -147,9 +164,9 @@ def merge(parts: torch.Tensor, maxima: torch.Tensor, sums: torch.Tensor, output:
         sums,
         output,
         rows,
+        splits,
         C=width,
-        SPLITS=splits,
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK_SPLITS=32,
         BLOCK=block,
         num_warps=1,
     )
@@ -184,24 +201,73 @@ def check(
         raise ValueError(f"mask {tuple(mask.shape)}, expected {(batch, 1, num_new, num_total)}.")
 
 
-def pick_blocks(rows: int, like: torch.Tensor) -> AttentionBlocks:
-    """Untuned. On Hopper 64 queries of 512 take half the registers of a multiprocessor for their output alone."""
-    if like.dtype == torch.float32:
-        return AttentionBlocks(16, 16, 4, 1)
-    hopper = like.is_cuda and torch.cuda.get_device_capability(like.device)[0] == 9
-    most = AttentionBlocks(64, 64, 8, 2) if hopper else AttentionBlocks(16, 32, 4, 2)
-    return most._replace(queries=min(most.queries, max(16, triton.next_power_of_2(rows))))
+def pick_blocks(heads: int, like: torch.Tensor) -> AttentionBlocks:
+    """The first usable configuration in the dtype and on the device of `like`, no larger than `heads` need."""
+    usable = usable_blocks(like.device, like.dtype)
+    if not usable:
+        raise RuntimeError(
+            f"attention on the latent: no configuration of the Triton kernel for {like.dtype} passed its test on {like.device}."
+        )
+    return usable[0]._replace(heads=min(usable[0].heads, max(16, triton.next_power_of_2(heads))))
+
+
+def usable_blocks(device: torch.device, dtype: torch.dtype) -> list[AttentionBlocks]:
+    """The configurations for a device, best first, without those that UNUSABLE lists."""
+    table = FP32 if dtype == torch.float32 else BY_MAJOR.get(capability_major(device), OTHER)
+    unusable = UNUSABLE.get(device, set())
+    return [blocks for blocks in table if (dtype, blocks) not in unusable]
+
+
+def capability_major(device: torch.device) -> int:
+    """8 for Ampere and Ada, 9 for Hopper, 10 and 12 for Blackwell; 0 for a CPU, which interprets."""
+    return 0 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
+
+
+class SelfTest(NamedTuple):
+    """A call, small, that takes the compiled code which the full model's calls take with one configuration.
+
+    If it fails, `UNUSABLE.setdefault(device, set()).add(key)` and the next configuration serves.
+    """
+
+    name: str
+    num_new: int  # T
+    num_total: int  # S
+    mask: str  # "none"; "bool": a boolean (1, 1, T, S)
+    lengths: bool  # whether to give lengths, (1,) int64
+    key: tuple[torch.dtype, AttentionBlocks]
+
+
+SELF_TEST_SHAPE = (1, 64, 512, 64)  # B, h, c, dr: the full model's
+
+
+def self_test_cases(device: torch.device, dtype: torch.dtype) -> Iterator[SelfTest]:
+    """The configuration in use, with each kind of call that makes other code of it. After a failure, marked in UNUSABLE,
+    the generator goes on with the configuration that then is in use."""
+    tested: set[AttentionBlocks] = set()
+    while (usable := usable_blocks(device, dtype)) and usable[0] not in tested:
+        tested.add(usable[0])
+        for name, num_new, mask, lengths in (
+            ("one token", 1, "none", False),
+            ("several tokens and a mask", 8, "bool", False),  # as one token and a mask
+            ("one token and lengths", 1, "none", True),
+        ):
+            key = dtype, usable[0]
+            yield SelfTest(f"{name}, {usable[0]}", num_new, 300, mask, lengths, key)
+            if key in UNUSABLE.get(device, set()):
+                break
 
 
 def num_splits(programs: int, num_total: int, device: torch.device) -> int:
     """Into how many parts the cache is cut, so that `programs` times as many fill the device once."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return min(4, triton.cdiv(num_total, 16))  # the interpreter's, small so that a test has some
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(processors // programs, triton.cdiv(num_total, MIN_KEYS)))
 
 
-@triton.jit
+# What changes from one call to the next must not be part of the compiled code, or generating compiles again and again:
+# Triton compiles anew for integers that are 1 and those that 16 divides. Strides keep that, for 16-byte loads.
+@triton.jit(do_not_specialize=["mask_b", "mask_t", "T", "S", "SPLITS"])
 def partial_kernel(
     q_latent,
     q_pe,
@@ -209,8 +275,8 @@ def partial_kernel(
     k_pe,
     mask,
     lengths,
-    parts,  # (B, SPLITS, ROWS, C) fp32
-    maxima,  # (B, SPLITS, ROWS) fp32, of scores in base 2
+    parts,  # (B, SPLITS, HEADS T, C) fp32
+    maxima,  # (B, SPLITS, HEADS T) fp32, of scores in base 2
     sums,
     q_latent_b,
     q_latent_h,
@@ -227,15 +293,14 @@ def partial_kernel(
     mask_b,
     mask_t,
     mask_s,
-    ROWS,  # h T
+    HEADS,
     T,
     S,
+    SPLITS,
     scaling,  # in base 2
-    SPLITS: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
     MASK: tl.constexpr,
-    MASK_ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     LOWEST: tl.constexpr,
@@ -247,13 +312,14 @@ def partial_kernel(
 ):
     split = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)  # 64 bits: a batch of long caches passes 2^31 elements
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head, t = row // T, row % T
+    head_blocks = tl.cdiv(HEADS, BLOCK_M)
+    t = tl.program_id(0) // head_blocks
+    head = tl.program_id(0) % head_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     c, r, s0 = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
-    inside = row[:, None] < ROWS
-    place = q_latent + batch * q_latent_b + head[:, None] * q_latent_h + t[:, None] * q_latent_t
+    inside = head[:, None] < HEADS
+    place = q_latent + batch * q_latent_b + t * q_latent_t + head[:, None] * q_latent_h
     q = tl.load(place + c[None, :] * q_latent_c, mask=inside & (c[None, :] < C), other=0.0).to(DTYPE)
-    place = q_pe + batch * q_pe_b + head[:, None] * q_pe_h + t[:, None] * q_pe_t
+    place = q_pe + batch * q_pe_b + t * q_pe_t + head[:, None] * q_pe_h
     q_r = tl.load(place + r[None, :] * q_pe_r, mask=inside & (r[None, :] < R), other=0.0).to(DTYPE)
 
     length = S
@@ -264,7 +330,7 @@ def partial_kernel(
     end = tl.minimum(begin + share, length)
     latent += batch * latent_b
     k_pe += batch * k_pe_b
-    mask += batch * mask_b
+    mask += batch * mask_b + t.to(tl.int64) * mask_t
 
     output = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -282,12 +348,7 @@ def partial_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = tl.dot(q_r, tl.trans(k_r), scores, input_precision=PRECISION) * scaling
         if MASK != "none":
-            if MASK_ROWS:
-                seen = tl.load(
-                    mask + t[:, None] * mask_t + s[None, :] * mask_s, mask=inside & there[None, :], other=0
-                )
-            else:
-                seen = tl.load(mask + s[None, :] * mask_s, mask=there[None, :], other=0)
+            seen = tl.load(mask + s[None, :] * mask_s, mask=there[None, :], other=0)
             if MASK == "bool":
                 scores = tl.where(seen != 0, scores, LOWEST)
             else:
@@ -301,30 +362,33 @@ def partial_kernel(
         output = tl.dot(weights.to(DTYPE), k, output * rescale[:, None], input_precision=PRECISION)
         highest = new_highest
 
-    at = (batch * SPLITS + split) * ROWS + row
+    at = ((batch * SPLITS + split) * HEADS + head) * T + t
     tl.store(parts + at[:, None] * C + c[None, :], output, mask=inside & (c[None, :] < C))
-    tl.store(maxima + at, highest, mask=row < ROWS)
-    tl.store(sums + at, total, mask=row < ROWS)
+    tl.store(maxima + at, highest, mask=head < HEADS)
+    tl.store(sums + at, total, mask=head < HEADS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS", "SPLITS"])
 def merge_kernel(
     parts,
     maxima,
     sums,
     output,  # (B, ROWS, C)
     ROWS,
+    SPLITS,
     C: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    split = tl.arange(0, BLOCK_SPLITS)
-    at = (batch * SPLITS + split) * ROWS + row
-    highest = tl.max(tl.load(maxima + at, mask=split < SPLITS, other=float("-inf")), axis=0)
+    highests = tl.full((BLOCK_SPLITS,), float("-inf"), dtype=tl.float32)
+    for start in range(0, SPLITS, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        at = (batch * SPLITS + split) * ROWS + row
+        highests = tl.maximum(highests, tl.load(maxima + at, mask=split < SPLITS, other=float("-inf")))
+    highest = tl.max(highests, axis=0)
     merged = tl.zeros((BLOCK,), dtype=tl.float32)
     total = 0.0
     for i in range(SPLITS):

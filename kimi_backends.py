@@ -5,34 +5,37 @@ The formulas are plain torch, in `modeling_kimi.py` and `kimi_experts.py`. There
     product = faster_linear(x, weight) or F.linear
     y = product(x, weight)
 
-    operation                   asks                        code for a CPU (kimi_cpu)   code for a GPU (Triton)
+    operation                   asks                        code for a CPU (kimi_cpu)   code for a GPU (Triton, kimi_gpu)
     x W^T of a few rows         faster_linear               linear_bf16
-    the router's scores         faster_scores               linear_bf16, fp32 out
-    RMSNorm                     faster_rms_norm             rms_norm_bf16
+    the router's logits         faster_logits               linear_bf16, fp32 out       torch.mm, fp32 out
+    ... its choice              faster_route                                            route_triton
+    RMSNorm                     faster_rms_norm             rms_norm_bf16               rms_norm_triton
+    silu(gate) * up             faster_silu_and_mul                                     silu_and_mul_triton
+    experts + shared expert     faster_add_rounded                                      add_rounded_triton
     rotation                    faster_rotary               rotary_bf16
+    ... and the cache's growth  faster_rotate_and_append                                rotate_and_append_triton
     absorbed attention, whole   faster_absorb               absorb
     ... its inner part          faster_latent_attention                                 latent_attention_triton
     attention of a prompt       faster_expanded_attention   prefill_attention           (torch's SDPA)
     routed experts, packed      faster_experts              run_experts_cpu             run_experts_triton
 
-Other answers are plain torch again: `latent_attention_sdpa` if it is forced, `run_experts_gathered` while torch.compile
-traces. An answer has the signature of the plain code, or, where that is several lines, the one that its function here
+While torch.compile traces, experts and the inner part of attention are operators that it takes whole; small operations
+are plain torch, which it fuses itself. Other answers are plain torch again: `latent_attention_sdpa` if it is forced,
+`run_experts_gathered` where torch.compile traces experts that no operator can take. An answer has the signature of the plain code, or, where that is several lines, the one that its function here
 names; its result is the same within rounding. `choose_path` decides between the two readings of attention, and the last
 section cuts long inputs into parts.
 
 `config.mla_path` and `config.int4_backend` can force an implementation by name. Forced means used or refused: where it
-cannot run, a ValueError says why. Triton kernels are compared with the plain code once per device before they are used.
+cannot run, a ValueError says why.
 
 This file takes tensors and strings. It imports no model code; where it needs the plain code, it is handed over.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from transformers.utils import logging
 
 from .kimi_cpu import (
     MAX_LATENT,
@@ -50,18 +53,22 @@ from .kimi_cpu import (
     unpack_int4_bf16,
     why_unavailable,
 )
-from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE
-from .kimi_sizes import WORKSPACE_BYTES
+from .kimi_gpu import NO_TRITON, latent_attention_operator, operator, why_not
+from .kimi_int4 import CODES_PER_WORD, ExpertMatrices
+from .kimi_sizes import LARGEST_WORKSPACE_BYTES, WORKSPACE_BYTES
 
-NO_TRITON: str | None = None
-try:
-    from .kimi_attention_triton import latent_attention_triton
-    from .kimi_int4_triton import run_experts_triton
-except ImportError as error:
-    NO_TRITON = f"triton cannot be imported ({error})"
+if NO_TRITON is None:
+    from .kimi_gpu import (
+        add_rounded_triton,
+        latent_attention_triton,
+        rms_norm_triton,
+        rotate_and_append_triton,
+        route_triton,
+        run_experts_triton,
+        silu_and_mul_triton,
+    )
 
-logger = logging.get_logger(__name__)
-
+WIDEST_NORM = 16384  # values of a row that one program of rms_norm_triton holds
 # Measured on CPUs; see docs/history.md.
 LINEAR_ROWS = 4  # up to which our product wins; from 8 rows on PyTorch's does
 ABSORB_QUERIES_ON_CPU = 8  # new tokens up to which the compiled code does absorbed attention
@@ -103,8 +110,10 @@ def faster_linear(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.
     return linear_bf16 if few and use_cpu_kernel(x, weight) else None
 
 
-def faster_scores(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor] | None:
-    """The same with the sums as they are, in fp32."""
+def faster_logits(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """For x (R, inputs) times weight (outputs, inputs) with the sums as they are, in fp32."""
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and hasattr(torch.ops.aten.mm, "dtype"):
+        return None if is_recorded(x, weight) else mm_bf16_to_fp32
     return None if faster_linear(x, weight) is None else linear_bf16_to_fp32
 
 
@@ -112,10 +121,79 @@ def linear_bf16_to_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return linear_bf16(x, weight, torch.float32)
 
 
-def faster_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor] | None:
-    """For `rms_norm(x, weight, eps)`, x (..., width)."""
+def mm_bf16_to_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Products of bf16 are exact in fp32, so neither operand is cast; torch 2.8 and later."""
+    return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+
+def use_gpu_kernel(operation: str, plain: Callable, *tensors: torch.Tensor) -> bool:
+    """Whether the Triton kernel of a small operation may take these tensors: on one GPU, of one dtype, none empty, nothing
+    recorded, traced or cast."""
+    first = tensors[0]
+    if not first.is_cuda or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+        return False
+    alike = all(t.dtype == first.dtype and t.device == first.device and t.numel() for t in tensors)
+    return (
+        alike and not is_recorded(*tensors) and why_not(operation, first.device, first.dtype, plain) is None
+    )
+
+
+def faster_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, plain: Callable
+) -> Callable[..., torch.Tensor] | None:
+    """For `plain(x, weight, eps)`, x (..., width)."""
+    if x.is_cuda:
+        fits = x.stride(-1) == 1 and weight.is_contiguous() and x.shape[-1] <= WIDEST_NORM
+        return rms_norm_triton if fits and use_gpu_kernel("rms_norm", plain, x, weight) else None
     contiguous = x.is_contiguous() and weight.is_contiguous()
     return rms_norm_bf16 if contiguous and use_cpu_kernel(x, weight) else None
+
+
+def faster_silu_and_mul(
+    gate: torch.Tensor, up: torch.Tensor, plain: Callable
+) -> Callable[..., torch.Tensor] | None:
+    """For `plain(gate, up)`, of one shape."""
+    fits = gate.is_cuda and gate.is_contiguous() and up.is_contiguous()
+    return silu_and_mul_triton if fits and use_gpu_kernel("silu_and_mul", plain, gate, up) else None
+
+
+def faster_add_rounded(
+    wide: torch.Tensor, other: torch.Tensor, plain: Callable
+) -> Callable[..., torch.Tensor] | None:
+    """For `plain(wide, other)`, of one shape, `wide` in fp32."""
+    fits = other.is_cuda and wide.device == other.device and wide.is_contiguous() and other.is_contiguous()
+    fits = fits and wide.dtype == torch.float32 and not is_recorded(wide)
+    return add_rounded_triton if fits and use_gpu_kernel("add_rounded", plain, other) else None
+
+
+def faster_route(
+    logits: torch.Tensor, bias: torch.Tensor, n_group: int, plain: Callable
+) -> Callable[..., Any] | None:
+    """For `plain(logits, bias, top_k, n_group, topk_group, normalize, scaling)`, logits (R, E), bias (E,), one group."""
+    fits = n_group == 1 and logits.is_cuda and logits.is_contiguous() and bias.is_contiguous()
+    return route_one_group if fits and use_gpu_kernel("route", plain, logits, bias) else None
+
+
+def route_one_group(
+    logits: torch.Tensor,
+    bias: torch.Tensor,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return route_triton(logits, bias, top_k, normalize, scaling)
+
+
+def faster_rotate_and_append(
+    q_pe: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor, plain: Callable
+) -> Callable[..., torch.Tensor] | None:
+    """For the rotation of q_pe (B, h, T, dr) and k_pe (B, 1, T, dr) by `plain`, and their way into a cache that gives
+    places for them: `rotate_and_append_triton(q_pe, latent, k_pe, cos, sin, latent_place, k_pe_place)`."""
+    fits = q_pe.is_cuda and all(t.stride(-1) == 1 for t in (q_pe, latent, k_pe))
+    usable = fits and use_gpu_kernel("rotate_and_append", plain, q_pe, latent, k_pe)
+    return rotate_and_append_triton if usable else None
 
 
 def faster_rotary(x: torch.Tensor) -> Callable[..., torch.Tensor] | None:
@@ -214,8 +292,8 @@ def faster_latent_attention(
     wants_weights: bool,
     plain: Callable,
 ) -> Callable[..., Any] | None:
-    """For `plain(q_latent, q_pe, latent, k_pe, mask, scaling)`, the attention on the latent between the two absorbed
-    products. Raises ValueError if "absorb-sdpa" or "absorb-triton" cannot be used."""
+    """For `plain(q_latent, q_pe, latent, k_pe, mask, scaling, lengths)`, the attention on the latent between the two
+    absorbed products. Raises ValueError if "absorb-sdpa" or "absorb-triton" cannot be used."""
     forced = path.partition("-")[2]
     if forced not in ("sdpa", "triton") and (forced or not q_latent.is_cuda):
         return None
@@ -226,12 +304,10 @@ def faster_latent_attention(
         return latent_attention_sdpa
     elif is_recorded(q_latent, latent, k_pe):
         reason = "it computes no gradients"
-    elif torch.compiler.is_compiling():
-        reason = "torch.compile cannot trace it"
     else:
         reason = why_not_triton_attention(q_latent.device, q_latent.dtype, plain)
     if reason is None:
-        return latent_attention_triton
+        return latent_attention_whole if torch.compiler.is_compiling() else latent_attention_triton
     if forced:
         raise ValueError(f"mla_path '{path}' is unavailable: {reason}.")
     return None
@@ -244,6 +320,7 @@ def latent_attention_sdpa(
     k_pe: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
     """Through PyTorch's fused attention: scores are never stored, but latent and k_pe are joined by a copy."""
     heads = q_latent.shape[1]
@@ -252,23 +329,23 @@ def latent_attention_sdpa(
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling), None
 
 
-@functools.cache
+def latent_attention_whole(
+    q_latent: torch.Tensor,
+    q_pe: torch.Tensor,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    lengths: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, None]:
+    """`latent_attention_triton` as one operator, for torch.compile."""
+    return latent_attention_operator(q_latent, q_pe, latent, k_pe, mask, scaling, lengths), None
+
+
 def why_not_triton_attention(device: torch.device, dtype: torch.dtype, plain: Callable) -> str | None:
-    """None if the kernel runs on this device and agrees with `plain`, which is tried once on a short cache."""
-    if NO_TRITON is not None or device.type != "cuda":
-        return NO_TRITON or f"the cache is on {device}"
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 4, 1, 512), (1, 4, 1, 64), (1, 1, 300, 512), (1, 1, 300, 64))
-    q, q_pe, latent, k_pe = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-    try:
-        want, _ = plain(q, q_pe, latent, k_pe, None, 0.05)
-        got, _ = latent_attention_triton(q, q_pe, latent, k_pe, None, 0.05)
-        check_agreement(got, want, "the output")
-    except Exception as problem:  # whatever a compiler or driver may raise: the plain code still works
-        reason = f"its kernel fails on {device} ({type(problem).__name__}: {problem})"
-        logger.warning(f"attention on the latent runs in plain torch: triton is there, but {reason}")
-        return reason
-    return None
+    if NO_TRITON is None and device.type != "cuda":
+        return f"the cache is on {device}"
+    return why_not("latent_attention", device, dtype, plain)
 
 
 def faster_expanded_attention(
@@ -314,46 +391,30 @@ def expanded_attention_cpu(
 # ------------------------------------------------------------------------------------------------------ routed experts
 
 
+Matrices = Sequence[ExpertMatrices]  # gate, up, down
 Packed = tuple[torch.Tensor, torch.Tensor]  # words and scales
 
 
-class Matrices(Protocol):
-    """What is asked here of `kimi_experts.ExpertMatrices`: one projection of the experts of a layer."""
-
-    @property
-    def weight(self) -> torch.Tensor: ...
-    @property
-    def scale(self) -> torch.Tensor | None: ...
-    @property
-    def num_experts(self) -> int: ...
-    def place(self, expert: int) -> int: ...
-    def one(self, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]: ...
-    def batches(self, experts: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]: ...
-    def gathered(self, experts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
-
-
 def faster_experts(
-    requested: str, x: torch.Tensor, topk_weights: torch.Tensor, matrices: Sequence[Matrices], plain: Callable
+    requested: str, x: torch.Tensor, topk_weights: torch.Tensor, matrices: Matrices, plain: Callable
 ) -> Callable[..., torch.Tensor] | None:
     """For `plain(x, topk_ids, topk_weights, *matrices)`, x (R, H). `requested` is config.int4_backend.
 
     Raises ValueError if a backend was asked for by name and cannot be used, with the reason. While torch.compile traces,
-    the plain code is `run_experts_gathered`, which does not look at the routing.
+    a backend is one operator, and the plain code is `run_experts_gathered`, which does not look at the routing.
     """
-    if torch.compiler.is_compiling() and requested in ("auto", "reference"):
-        return run_experts_gathered
-    device, reason = x.device.type, None
+    device, reason, traced = x.device.type, None, torch.compiler.is_compiling()
     if requested == "cpu" or (requested == "auto" and device == "cpu"):
         reason = why_not_experts_on_cpu(x, topk_weights, matrices)
         if reason is None:
-            return run_experts_cpu
+            return run_experts_whole if traced else run_experts_cpu
     if requested == "triton" or (requested == "auto" and device == "cuda"):
         reason = why_not_experts_by_triton(x, topk_weights, matrices, plain)
         if reason is None:
-            return run_experts_triton
+            return run_experts_whole if traced else run_experts_triton
     if requested in ("cpu", "triton"):
         raise ValueError(f"int4_backend '{requested}' is unavailable: {reason}.")
-    return None
+    return run_experts_gathered if traced else None
 
 
 def runs_by_expert(backend: Callable | None, num_rows: int) -> bool:
@@ -361,9 +422,7 @@ def runs_by_expert(backend: Callable | None, num_rows: int) -> bool:
     return backend is None or (backend is run_experts_cpu and num_rows > EXPERT_ROWS)
 
 
-def why_not_experts_on_cpu(
-    x: torch.Tensor, topk_weights: torch.Tensor, matrices: Sequence[Matrices]
-) -> str | None:
+def why_not_experts_on_cpu(x: torch.Tensor, topk_weights: torch.Tensor, matrices: Matrices) -> str | None:
     scales = [matrix.scale for matrix in matrices if matrix.scale is not None]
     if not scales:
         return f"the experts are not packed but {matrices[0].weight.dtype}"
@@ -373,57 +432,33 @@ def why_not_experts_on_cpu(
         return f"it takes bfloat16, not {x.dtype} with {scales[0].dtype} scales"
     if is_recorded(x, topk_weights, *scales):
         return "it computes no gradients"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot trace it"
+    if torch.compiler.is_compiling():  # the tensors of a trace have no memory; those that come later do
+        return why_no_compiled_code()
     if not is_in_ram(x, topk_weights, *scales, *(matrix.weight for matrix in matrices)):
         return NOT_IN_RAM
     return why_unavailable()
 
 
+@torch.compiler.assume_constant_result
+def why_no_compiled_code() -> str | None:
+    return why_unavailable()
+
+
 def why_not_experts_by_triton(
-    x: torch.Tensor, topk_weights: torch.Tensor, matrices: Sequence[Matrices], plain: Callable
+    x: torch.Tensor, topk_weights: torch.Tensor, matrices: Matrices, plain: Callable
 ) -> str | None:
     scales = [matrix.scale for matrix in matrices if matrix.scale is not None]
     if not scales:
         return f"the experts are not packed but {matrices[0].weight.dtype}"
     if is_recorded(x, topk_weights, *scales):
         return "it computes no gradients"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot trace it"
-    return why_not_triton_experts(x.device, plain, type(matrices[0]))
+    return why_not_triton_experts(x.device, x.dtype, plain)
 
 
-@functools.cache
-def why_not_triton_experts(device: torch.device, plain: Callable, matrices_type: Callable) -> str | None:
-    """None if the kernels run on this device and agree with `plain`, which is tried once on a small layer."""
-    if NO_TRITON is not None or device.type != "cuda":
-        return NO_TRITON or f"the weights are on {device}"
-    generator = torch.Generator().manual_seed(0)
-    matrices = []
-    for outputs, inputs in ((64, 256), (64, 256), (256, 64)):
-        words = torch.randint(
-            -(2**31), 2**31, (4, outputs, inputs // CODES_PER_WORD), generator=generator
-        ).int()
-        scales = (torch.rand(4, outputs, inputs // GROUP_SIZE, generator=generator) * 0.02).bfloat16()
-        matrices.append(matrices_type(words.to(device), scales.to(device)))
-    try:
-        for rows in (1, 40):  # the kernels for few and for many rows
-            x = torch.randn(rows, 256, generator=generator).bfloat16().to(device)
-            ids = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(rows)]).to(device)
-            weights = torch.ones(rows, 2, device=device)
-            want = plain(x, ids, weights, *matrices)
-            check_agreement(run_experts_triton(x, ids, weights, *matrices), want, f"{rows} rows")
-    except Exception as problem:  # whatever a compiler or driver may raise: the plain code still works
-        reason = f"its kernels fail on {device} ({type(problem).__name__}: {problem})"
-        logger.warning(f"int4 experts run in plain torch, slowly: triton is there, but {reason}")
-        return reason
-    return None
-
-
-def check_agreement(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
-    wrong = float((got - want).abs().max() / want.abs().max())
-    if not wrong < 0.05:
-        raise ArithmeticError(f"{what} differs by {wrong:.3g} of the largest value")
+def why_not_triton_experts(device: torch.device, dtype: torch.dtype, plain: Callable) -> str | None:
+    if NO_TRITON is None and device.type != "cuda":
+        return f"the weights are on {device}"
+    return why_not("experts", device, dtype, plain)
 
 
 @torch.no_grad()
@@ -431,9 +466,9 @@ def run_experts_cpu(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
-    gate: Matrices,
-    up: Matrices,
-    down: Matrices,
+    gate: ExpertMatrices,
+    up: ExpertMatrices,
+    down: ExpertMatrices,
 ) -> torch.Tensor:
     """Packed experts for bf16 on a CPU, with compiled code. Experts with few rows multiply the words as they are; one with
     many rows is unpacked into tiles of AMX, or into a buffer that all of them share, for the dense product."""
@@ -470,7 +505,7 @@ def unpacked_expert(
     x: torch.Tensor,
     rows: torch.Tensor,
     weights: torch.Tensor,
-    matrices: tuple[Matrices, Matrices, Matrices],
+    matrices: Matrices,
     output: torch.Tensor,
 ) -> Callable[[int, int, int], None]:
     """A function (expert, start, count) that adds the outputs of one expert for pairs start .. start + count to `output`."""
@@ -490,13 +525,44 @@ def unpacked_expert(
     return run
 
 
+def _routed_experts(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate: torch.Tensor,
+    gate_scale: torch.Tensor,
+    up: torch.Tensor,
+    up_scale: torch.Tensor,
+    down: torch.Tensor,
+    down_scale: torch.Tensor,
+) -> torch.Tensor:
+    run = run_experts_triton if x.is_cuda else run_experts_cpu
+    gate_up_down: Any = [
+        ExpertMatrices(*pair) for pair in ((gate, gate_scale), (up, up_scale), (down, down_scale))
+    ]
+    return run(x, topk_ids, topk_weights, *gate_up_down)
+
+
+experts_operator = operator(
+    "routed_experts", _routed_experts, lambda x, *others: x.new_empty(x.shape, dtype=torch.float32)
+)
+
+
+def run_experts_whole(
+    x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *matrices: ExpertMatrices
+) -> torch.Tensor:
+    """Packed experts on a CPU or a GPU as one operator, for torch.compile."""
+    tensors = [tensor for matrix in matrices for tensor in (matrix.weight, matrix.scale)]
+    return experts_operator(x, topk_ids, topk_weights, *tensors)
+
+
 def run_experts_gathered(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
-    gate: Matrices,
-    up: Matrices,
-    down: Matrices,
+    gate: ExpertMatrices,
+    up: ExpertMatrices,
+    down: ExpertMatrices,
 ) -> torch.Tensor:
     """Experts without looking at the routing, so that it can be compiled or captured whole: a copy of every chosen
     expert for every row, which a handful of rows can afford.
@@ -532,7 +598,7 @@ def expanded_head_slices(
     v_dim: int,
     mask: torch.Tensor | None,
 ) -> list[slice]:
-    """All h heads of q_nope (B, h, T, dn), as many at a time as have keys and values that fit WORKSPACE_BYTES when they
+    """All h heads of q_nope (B, h, T, dn), as many at a time as have keys and values that fit the workspace when they
     are expanded from latent (B, 1, S, c); at least one."""
     nope_dim, key_dim = q_nope.shape[-1], q_nope.shape[-1] + q_pe.shape[-1]
     fast = faster_expanded_attention(implementation, dropout, q_nope, q_pe, latent, k_pe, v_dim, mask)
@@ -542,26 +608,43 @@ def expanded_head_slices(
     return [slice(start, start + step) for start in range(0, q_nope.shape[1], step)]
 
 
+def workspace_bytes(device: torch.device) -> int:
+    """For one layer's keys and values, or scores. On a GPU a quarter of what is free now, since a few heads at a time
+    leave it idle: at 131,072 cached tokens the smallest workspace holds a single one of 64."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return WORKSPACE_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    return max(WORKSPACE_BYTES, min(free // 4, LARGEST_WORKSPACE_BYTES))
+
+
 def heads_at_once(latent: torch.Tensor, num_heads: int, values_per_token: int) -> int:
-    """How many of h heads fit WORKSPACE_BYTES with `values_per_token` for each of S tokens; at least one."""
+    """How many of h heads fit the workspace with `values_per_token` for each of S tokens; at least one."""
     batch, _, length, _ = latent.shape
     per_head = batch * length * values_per_token * latent.element_size()
-    return max(1, min(num_heads, WORKSPACE_BYTES // max(per_head, 1)))
+    return max(1, min(num_heads, workspace_bytes(latent.device) // max(per_head, 1)))
 
 
-def query_slices(q: torch.Tensor, num_total: int) -> list[slice]:
-    """All T new tokens of q (B, h, T, d), as many at a time as have scores against S tokens that fit WORKSPACE_BYTES."""
+def query_slices(q: torch.Tensor, num_total: int, attend: Callable | None = None) -> list[slice]:
+    """All T new tokens of q (B, h, T, d), as many at a time as have scores against S tokens that fit the workspace; all
+    at once for a kernel that stores no scores."""
     num_new = q.shape[2]
+    if (
+        num_new == 1
+        or attend is latent_attention_whole
+        or (NO_TRITON is None and attend is latent_attention_triton)
+    ):
+        return [slice(0, num_new)]
     step = queries_at_once(q, num_total)
     return [slice(start, start + step) for start in range(0, num_new, step)]
 
 
 def queries_at_once(q: torch.Tensor, num_total: int) -> int:
-    """How many new tokens of q (B, h, T, d) have scores (fp32 twice and once in q's dtype) that fit WORKSPACE_BYTES; at
+    """How many new tokens of q (B, h, T, d) have scores (fp32 twice and once in q's dtype) that fit the workspace; at
     least one."""
     batch, heads, num_new, _ = q.shape
     per_query = batch * heads * num_total * (8 + q.element_size())
-    return max(1, min(num_new, WORKSPACE_BYTES // max(per_query, 1)))
+    return max(1, min(num_new, workspace_bytes(q.device) // max(per_query, 1)))
 
 
 def part_of_mask(mask: torch.Tensor | None, rows: slice) -> torch.Tensor | None:

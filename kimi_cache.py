@@ -12,9 +12,11 @@ token. Everything else (crop, reorder, repeat, select, deepcopy) is inherited an
 
 import contextlib
 from inspect import signature
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 from transformers.masking_utils import create_causal_mask
@@ -23,6 +25,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .kimi_backends import is_recorded
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Room(NamedTuple):
+    """Latents and k_pe of a layer: views of where T new tokens belong, and of all S with them."""
+
+    places: Pair
+    filled: Pair
+
+
 MIN_ROOM = 256  # tokens
 # One eighth of the length: a token is copied eight times in a growing cache's life, on average.
 ROOM_SHARE = 8
@@ -46,6 +57,13 @@ class LatentLayer(DynamicLayer):
         """Appends T tokens, (B, 1, T, c) and (B, 1, T, dr); returns all S of them."""
         if is_recorded(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
+        places, filled = self.reserve(key_states, value_states)
+        for place, states in zip(places, (key_states, value_states), strict=True):
+            place.copy_(states)
+        return filled
+
+    def reserve(self, key_states: torch.Tensor, value_states: torch.Tensor) -> "Room":
+        """Room for T tokens like these, which the caller fills in."""
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -59,10 +77,8 @@ class LatentLayer(DynamicLayer):
                 _copy_with_capacity(past[0], new[0], end),
                 _copy_with_capacity(past[1], new[1], end),
             )
-        for buffer, states in zip(buffers, new, strict=True):
-            buffer[:, :, start:end] = states
         self.keys, self.values = (buffer[:, :, :end] for buffer in buffers)
-        return self.keys, self.values
+        return Room((buffers[0][:, :, start:end], buffers[1][:, :, start:end]), (self.keys, self.values))
 
     @staticmethod
     def _has_room(buffers: Pair, past: Pair, end: int) -> bool:
@@ -115,6 +131,15 @@ def append(
     if isinstance(layer, StaticLayer) and not layer.is_initialized:
         _initialize_static(layer, latent, k_pe)
     return cache.update(latent, k_pe, layer_idx, {"cache_position": cache_position})
+
+
+def reserve(cache: Cache | None, layer_idx: int, latent: torch.Tensor, k_pe: torch.Tensor) -> Room | None:
+    """Room for T tokens, (B, 1, T, c) and (B, 1, T, dr), that the caller writes there itself; None where the cache has to
+    be given them."""
+    layer = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
+    if type(cache) is not DynamicCache or cache.offloading or type(layer) is not LatentLayer:
+        return None
+    return None if is_recorded(latent, k_pe) else layer.reserve(latent, k_pe)
 
 
 def cached_length(cache: Cache | None) -> int | torch.Tensor:
@@ -176,10 +201,70 @@ def causal_mask(
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    cache_position: torch.Tensor | None,
+) -> tuple[Any, int | None]:
+    """The mask in the form that the chosen attention implementation wants, and None; or None and how many keys precede
+    the new tokens, if that is all there is to say.
+
+    transformers makes the mask, but on a GPU it would wait for a look at a 2-D one, in each forward, and a mask made for
+    a chunk of a prompt keeps SDPA from its fast kernels.
+    """
+    past_length = cached_length(past_key_values)
+    if inputs_embeds.is_cuda and config._attn_implementation == "sdpa" and isinstance(past_length, int):
+        unpacked = past_key_values is not None or position_ids is None  # packed sequences begin to count anew
+        if attention_mask is None and unpacked and not torch.compiler.is_compiling():
+            return None, past_length
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return padding_mask(attention_mask, inputs_embeds, past_length), None
+    return made_by_transformers(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position
+    ), None
+
+
+def padding_mask(padding: torch.Tensor, inputs_embeds: torch.Tensor, past_length: int) -> torch.Tensor:
+    """(B, S), 1 = a token, to (B, 1, T, S), True = seen; columns that are missing are hidden."""
+    num_new = inputs_embeds.shape[1]
+    num_total = past_length + num_new
+    seen = padding.to(inputs_embeds.device).bool()[:, :num_total]
+    seen = F.pad(seen, (0, num_total - seen.shape[1]))[:, None, None]
+    if num_new == 1:
+        return seen
+    return seen & all_before(num_new, num_total, past_length, inputs_embeds.device)
+
+
+def all_before(num_new: int, num_total: int, past_length: int, device: torch.device) -> torch.Tensor:
+    """(T, S) True where a key is not after its query; `past_length` keys precede the first query."""
+    return torch.ones(num_new, num_total, dtype=torch.bool, device=device).tril(past_length)
+
+
+def lower_right(num_new: int, num_total: int, device: torch.device) -> torch.Tensor:
+    """The causal mask (T, S) of the last T of S tokens, as torch's SDPA knows it without being given its values."""
+    try:
+        return causal_lower_right(num_new, num_total)
+    except RuntimeError:  # under a mode that replaces tensors (fake ones), which it does not support
+        return all_before(num_new, num_total, num_total - num_new, device)
+
+
+def filled_lengths(
+    cache: Cache | None, cache_position: torch.Tensor | None, batch: int
+) -> torch.Tensor | None:
+    """(B,) tokens of each sequence with the new ones, on their device, for a static cache, whose tensors are as long as
+    its capacity."""
+    if cache is None or cache_position is None or not isinstance(next(iter(cache.layers), None), StaticLayer):
+        return None
+    return (cache_position[-1:] + 1).expand(batch)
+
+
+def made_by_transformers(
+    config: PretrainedConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.Tensor | None,
     cache_position: torch.Tensor | None,
 ) -> Any:
-    """The mask in the form that the chosen attention implementation wants; the versions differ in names."""
+    """The versions differ in names."""
     arguments: dict[str, Any] = {
         "config": config,
         "inputs_embeds": inputs_embeds,
@@ -196,20 +281,25 @@ def causal_mask(
 
 
 def readable_mask(
-    mask: torch.Tensor | None, num_new: int, num_total: int, device: torch.device, flash: bool = False
+    mask: torch.Tensor | None,
+    num_new: int,
+    num_total: int,
+    device: torch.device,
+    flash: bool = False,
+    past_length: int | None = None,
 ) -> torch.Tensor | None:
     """Any mask transformers makes, as (B or 1, 1, T, S): additive floats, or booleans where True may be seen.
 
-    None means causal, and for a single new token nothing is hidden. For flash attention the new tokens are then the last
-    of S, and padding is (B, S), 1 = a token. For SDPA they are the first: it gets None for whole prompts only, also into
+    None means causal, and for a single new token nothing is hidden. `past_length` keys precede the new tokens; if it is
+    not known: for flash attention the new tokens are then the last of S, and padding is (B, S), 1 = a token. For SDPA they are the first: it gets None for whole prompts only, also into
     a static cache, whose S is its capacity.
     """
     if mask is not None and mask.ndim == 4:
         return mask[..., :num_total]
     causal = None
     if num_new > 1:
-        ones = torch.ones(num_new, num_total, dtype=torch.bool, device=device)
-        causal = ones.tril(num_total - num_new if flash else 0)[None, None]
+        before = past_length or (num_total - num_new if flash else 0)
+        causal = all_before(num_new, num_total, before, device)[None, None]
     if mask is None:
         return causal
     padding = mask[:, None, None, :num_total].bool()

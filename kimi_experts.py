@@ -7,13 +7,12 @@ A layer's experts are stacked by projection: one (E, N, M/8) int32 tensor where 
 `experts.{e}.gate_proj.weight_packed`. Stacking makes a model of 61 layers in milliseconds and hands a kernel one
 pointer; state_dict() and load_state_dict() use the checkpoint's names.
 
-    ExpertMatrices   one projection of all experts, as the products take it
     Experts          the module: parameters, names, loading and saving
     run_experts      sum_k weights_k * down(silu(gate(x)) * up(x)) of expert k, in plain torch: the truth
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,42 +21,7 @@ from torch import nn
 from .configuration_kimi import KimiK25TextConfig
 from .kimi_backends import faster_experts
 from .kimi_files import zeros_for_weights
-from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, dequantize_int4, int4_linear
-
-
-class ExpertMatrices(NamedTuple):
-    """One projection (N outputs, M inputs) of all E experts of a layer: int4, or dense if `scale` is None."""
-
-    weight: torch.Tensor  # (E, N, M/8) int32 words, or (E, N, M)
-    scale: torch.Tensor | None  # (E, N, M/32)
-
-    @property
-    def num_experts(self) -> int:
-        return len(self.weight)
-
-    def place(self, expert: int) -> int:
-        """Where in the stack one expert is."""
-        return expert
-
-    def one(self, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One expert's matrix and scales."""
-        place = self.place(expert)
-        return self.weight[place], None if self.scale is None else self.scale[place]
-
-    def batches(self, experts: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Cuts a list of experts, (P,) ids, into parts that are in memory together, with their places in the stack."""
-        yield slice(None), experts
-
-    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """x (R, M) through one expert's matrix, (R, N)."""
-        weight, scale = self.one(expert)
-        return F.linear(x, weight) if scale is None else int4_linear(x, weight, scale)
-
-    def gathered(self, experts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The matrices of `experts`, (P,) ids on the device, as (P, N, M) in `dtype`."""
-        if self.scale is None:
-            return self.weight[experts].to(dtype)
-        return dequantize_int4(self.weight[experts], self.scale[experts], dtype)
+from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, ExpertMatrices
 
 
 class Experts(nn.Module):

@@ -7,6 +7,7 @@ read that way and 3 s past it, and are written 5 times as fast.
     Shard              reads; a file that is already in the page cache is read from there
     ShardWriter        writes
     empty_for_weights  memory that is read into, on huge pages where it is large
+    empty_page_locked  the same, page-locked: copies between it and an accelerator run beside everything else
 
 Access past the cache (`O_DIRECT`) needs addresses, offsets and lengths that are multiples of a block, so bytes pass a
 buffer that stays in the processor's cache. Small files, and systems without such access, use ordinary reads and writes.
@@ -19,12 +20,16 @@ import mmap
 import os
 import random
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 BLOCK = 4096  # bytes; no disk has larger ones
 ACCESS_BYTES = 4 * 2**20  # of a file, read or written by one system call
@@ -283,10 +288,79 @@ def empty_for_weights(shape: Sequence[int], dtype: torch.dtype, device: Any = "c
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(huge_pages(size), dtype=dtype).view(tuple(shape))
+
+
+def huge_pages(size: int) -> mmap.mmap:
+    """`size` bytes of zeros, at least one, on pages of their own; large ones where the system has them."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+    return memory
+
+
+PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
+
+
+def empty_page_locked(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An empty tensor in RAM for copies to `device`, a GPU. Where the system refuses to lock its pages it is ordinary
+    memory, and a warning is logged once.
+
+    It takes as many bytes as were asked for, to the end of a page, while torch.empty(pin_memory=True) takes the next
+    power of two: up to twice as many.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    memory = huge_pages(size)
+    owner = memoryview(memory)  # the tensor keeps it, and dies before `memory`, which the finalizer keeps
+    tensor = torch.frombuffer(owner, dtype=dtype).view(tuple(shape))
+    refusal = lock_pages(tensor.data_ptr(), size, device)
+    if refusal is None:
+        finalizer = weakref.finalize(owner, unlock_pages, memory, tensor.data_ptr(), device)
+        finalizer.atexit = False  # the driver may be gone by then; the pages go with the process
+    else:
+        logger.warning_once(  # type: ignore[attr-defined]
+            f"RAM for copies to {device} could not be page-locked ({refusal}): a copy then passes a buffer of the driver,"
+            " slowly. The limit of the process (ulimit -l) or of the container may be too small."
+        )
+    return tensor
+
+
+def lock_pages(address: int, size: int, device: torch.device) -> str | None:
+    """None, or why the system does not lock these bytes."""
+    try:
+        with torch.cuda.device(device):
+            error = torch.cuda.cudart().cudaHostRegister(address, size, PORTABLE)
+    except (RuntimeError, AssertionError, AttributeError) as problem:  # no runtime, or one without this call
+        return str(problem)
+    if int(error) == 0:
+        return None
+    forget_last_error(device)
+    return f"cudaHostRegister gives error {int(error)}"  # one sentence for all sizes, said once
+
+
+def unlock_pages(memory: mmap.mmap, address: int, device: torch.device) -> None:
+    """Before `memory` goes: no tensor uses it any more, but a copy may be under way."""
+    try:
+        with torch.cuda.device(device):
+            torch.cuda.synchronize(device)
+            error = torch.cuda.cudart().cudaHostUnregister(address)
+    except (
+        RuntimeError,
+        AssertionError,
+    ):  # the driver is in error, or this is a forked process that has none
+        return
+    if int(error):
+        forget_last_error(device)
+
+
+def forget_last_error(device: torch.device) -> None:
+    """The runtime keeps a refusal and shows it to whoever looks next, which would be some kernel's launch: this one."""
+    with contextlib.suppress(RuntimeError, AssertionError):
+        torch.ones(1, device=device)
 
 
 def zeros_for_weights(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

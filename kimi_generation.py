@@ -14,6 +14,7 @@ B rows, T tokens of the prompt, n tokens of a window, N items, M vision tokens o
 """
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,14 @@ from torch import Tensor
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
-from .kimi_cache import CACHE, with_latent_layers
+from .kimi_cache import CACHE, count_positions, with_latent_layers
 from .kimi_vision import Grid, read_grids
 
 logger = logging.get_logger(__name__)
 
+# Whether the prompt that generate() is at work on has no padding: then no step needs a mask. (A keyword would reach
+# assistant models, which may be of other classes.)
+UNPADDED: ContextVar[bool] = ContextVar("unpadded", default=False)
 # pixel_values, grid_thws -> (tokens of the item, H) per item
 Encode = Callable[[Tensor, Tensor], Sequence[Tensor]]
 
@@ -55,7 +59,21 @@ class KimiGenerationMixin(GenerationMixin):
         if not getattr(settings, "is_assistant", False):  # which is given the prompt_media of its main model
             media = self._take_media(prompt, kwargs)
             kwargs.update({"prompt_media": media} if media else {})
-        return super().generate(inputs, *args, **kwargs)
+        token = UNPADDED.set(self._is_unpadded(prompt, settings, kwargs))
+        try:
+            return super().generate(inputs, *args, **kwargs)
+        finally:
+            UNPADDED.reset(token)
+
+    def _is_unpadded(self, prompt: Tensor | None, settings: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether all tokens of the prompt are to be seen; looked at here, once, since on a GPU a look is a wait."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            return mask.ndim == 2 and bool(mask.all())
+        pads = {kwargs.get("pad_token_id"), settings.pad_token_id, self.generation_config.pad_token_id} - {
+            None
+        }
+        return prompt is not None and not any(bool((prompt == pad).any()) for pad in pads)
 
     def _take_media(self, prompt: Tensor | None, kwargs: dict[str, Any]) -> "PromptMedia | None":
         """Takes pixel_values and grid_thws out of the keywords of generate()."""
@@ -79,6 +97,43 @@ class KimiGenerationMixin(GenerationMixin):
             merge=self.config.vision_config.merge_kernel_size,
         )
 
+    def _positions(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_length: int | torch.Tensor,
+        cache_position: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (B or 1, T) of the new tokens, and where (T,) they go in the cache. Refuses too many of them."""
+        num_tokens = inputs_embeds.shape[1]
+        check_length(past_length, num_tokens, self.config.text_config.max_position_embeddings)
+        if cache_position is None:
+            cache_position = torch.arange(num_tokens, device=inputs_embeds.device) + past_length
+        if position_ids is None:
+            position_ids = count_positions(attention_mask, cache_position)
+        return position_ids, cache_position
+
+    def _insert_media(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        pixel_values: torch.Tensor,
+        grid_thws: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Puts the vision features in the places of `<|media_pad|>`, in order; the length never changes."""
+        if input_ids is None:
+            raise ValueError(
+                "pixel_values need input_ids, whose <|media_pad|> tokens say where the features go."
+            )
+        if grid_thws is None:
+            raise ValueError("pixel_values need grid_thws, (N, 3) frames, rows and columns of each item.")
+        items = self.get_image_features(pixel_values, grid_thws)
+        places = input_ids == self.config.media_placeholder_token_id  # (B, T)
+        check_counts(places, [len(item) for item in items], grid_thws.tolist())
+        features = torch.cat(list(items)).to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(places.unsqueeze(-1), features)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Any,
@@ -95,6 +150,8 @@ class KimiGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
         )
+        if UNPADDED.get() and getattr(inputs.get("attention_mask"), "ndim", 0) == 2:
+            inputs["attention_mask"] = None
         ids, cache = inputs.get("input_ids"), inputs.get(CACHE)
         if prompt_media is not None and ids is not None:
             start = int(cache.get_seq_length()) if cache is not None else 0
@@ -266,3 +323,9 @@ def check_length(past_length: int | Tensor, num_tokens: int, max_positions: int)
             f"{past_length + num_tokens} tokens{cached} exceed max_position_embeddings {max_positions}; shorten the"
             " prompt."
         )
+
+
+def check_finite(x: Tensor, where: str) -> None:
+    wrong = int((~torch.isfinite(x)).sum())
+    if wrong:
+        raise ValueError(f"{where} made the first NaN or infinity: {wrong} of {x.numel()} values.")

@@ -21,6 +21,9 @@ This file takes tensors and sizes and knows no config and no module. The plain t
 faster backend is tested against. Letters: N outputs, M inputs, R rows (tokens), E experts, K choices per token.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -88,3 +91,38 @@ def dequantize_int4(
 def int4_linear(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x (R, M) times the transpose of a packed (N, M) matrix: (R, N) in x's dtype."""
     return F.linear(x, dequantize_int4(packed, scale, x.dtype))
+
+
+class ExpertMatrices(NamedTuple):
+    """One projection (N outputs, M inputs) of all E experts of a layer: int4, or dense if `scale` is None."""
+
+    weight: torch.Tensor  # (E, N, M/8) int32 words, or (E, N, M)
+    scale: torch.Tensor | None  # (E, N, M/32)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.weight)
+
+    def place(self, expert: int) -> int:
+        """Where in the stack one expert is."""
+        return expert
+
+    def one(self, expert: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One expert's matrix and scales."""
+        place = self.place(expert)
+        return self.weight[place], None if self.scale is None else self.scale[place]
+
+    def batches(self, experts: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Cuts a list of experts, (P,) ids, into parts that are in memory together, with their places in the stack."""
+        yield slice(None), experts
+
+    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """x (R, M) through one expert's matrix, (R, N)."""
+        weight, scale = self.one(expert)
+        return F.linear(x, weight) if scale is None else int4_linear(x, weight, scale)
+
+    def gathered(self, experts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The matrices of `experts`, (P,) ids on the device, as (P, N, M) in `dtype`."""
+        if self.scale is None:
+            return self.weight[experts].to(dtype)
+        return dequantize_int4(self.weight[experts], self.scale[experts], dtype)

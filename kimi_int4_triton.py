@@ -75,7 +75,7 @@ class DecodeBlocks(NamedTuple):
 
 
 class PrefillBlocks(NamedTuple):
-    """A program computes `outputs` of `rows` pairs that share an expert, 8 * `words` inputs at a time."""
+    """A program computes `outputs` (of gate and of up) of `rows` pairs that share an expert, 8 * `words` inputs at a time."""
 
     rows: int
     outputs: int
@@ -84,25 +84,54 @@ class PrefillBlocks(NamedTuple):
     stages: int
 
 
+class Decode(NamedTuple):
+    gate_up: DecodeBlocks
+    down: DecodeBlocks
+
+
+class Prefill(NamedTuple):
+    """Serves up to `pairs` pairs per expert on average."""
+
+    pairs: float
+    gate_up: PrefillBlocks
+    down: PrefillBlocks
+
+
 # Untuned. One warp, a group a lane: it reads 512 contiguous bytes of a row, synchronises with no other warp, and hides
 # latency by having many neighbours. With more outputs the compiler wants more registers and fewer warps fit.
-GATE_UP_DECODE = DecodeBlocks(outputs=2, groups=32, warps=1, registers=128)
-DOWN_DECODE = DecodeBlocks(outputs=4, groups=32, warps=1, registers=128)
+DECODE = Decode(
+    DecodeBlocks(outputs=2, groups=32, warps=1, registers=128),
+    DecodeBlocks(outputs=4, groups=32, warps=1, registers=128),
+)
 
-# Untuned: (pairs per expert up to which it serves, gate and up, down). Few pairs leave a layer bound by its weights; many
-# by arithmetic, and then an expert's weights should be unpacked for as many of its pairs as possible.
-PREFILL_HOPPER: tuple[tuple[float, PrefillBlocks, PrefillBlocks], ...] = (
-    (12, PrefillBlocks(16, 64, 16, 4, 3), PrefillBlocks(16, 64, 16, 4, 3)),
-    (24, PrefillBlocks(32, 64, 16, 4, 3), PrefillBlocks(32, 64, 16, 4, 3)),
-    (48, PrefillBlocks(64, 128, 16, 8, 3), PrefillBlocks(64, 128, 16, 8, 3)),
-    (math.inf, PrefillBlocks(128, 128, 16, 8, 3), PrefillBlocks(128, 128, 16, 8, 3)),
+# Untuned. Few pairs leave a layer bound by its weights; many by arithmetic, and then an expert's weights should be
+# unpacked for as many of its pairs as possible. Chosen by compiled code: no spill, no serialised wgmma, few instructions
+# a weight (`benchmarks/bench_compile_ahead.py`).
+PREFILL_HOPPER: tuple[Prefill, ...] = (
+    Prefill(12, PrefillBlocks(16, 64, 16, 4, 3), PrefillBlocks(16, 64, 16, 4, 3)),
+    Prefill(24, PrefillBlocks(32, 64, 16, 4, 3), PrefillBlocks(32, 64, 16, 4, 3)),
+    Prefill(48, PrefillBlocks(64, 64, 16, 4, 3), PrefillBlocks(64, 128, 16, 8, 3)),
+    Prefill(math.inf, PrefillBlocks(128, 64, 16, 8, 3), PrefillBlocks(128, 128, 16, 8, 3)),
 )
+PREFILL_BLACKWELL: tuple[Prefill, ...] = (
+    Prefill(12, PrefillBlocks(16, 64, 16, 4, 3), PrefillBlocks(16, 128, 16, 4, 3)),
+    Prefill(48, PrefillBlocks(64, 64, 16, 4, 2), PrefillBlocks(64, 128, 16, 4, 2)),
+    Prefill(math.inf, PrefillBlocks(128, 64, 16, 4, 2), PrefillBlocks(128, 128, 16, 4, 2)),
+)
+PREFILL_BY_MAJOR = {9: PREFILL_HOPPER, 10: PREFILL_BLACKWELL}  # by compute capability
 # Other devices have less shared memory (some 99 KiB), and mma.sync keeps its operands in registers.
-PREFILL_OTHER = (
-    (12, PrefillBlocks(16, 64, 16, 4, 2), PrefillBlocks(16, 64, 16, 4, 2)),
-    (math.inf, PrefillBlocks(64, 64, 16, 8, 2), PrefillBlocks(64, 64, 16, 8, 2)),
+PREFILL_OTHER: tuple[Prefill, ...] = (
+    Prefill(12, PrefillBlocks(16, 64, 16, 4, 2), PrefillBlocks(16, 64, 16, 4, 2)),
+    Prefill(24, PrefillBlocks(32, 64, 16, 4, 2), PrefillBlocks(32, 128, 16, 4, 2)),
+    Prefill(math.inf, PrefillBlocks(64, 64, 16, 8, 2), PrefillBlocks(64, 128, 16, 8, 2)),
 )
-PREFILL_FP32 = ((math.inf, PrefillBlocks(16, 32, 8, 4, 1), PrefillBlocks(16, 32, 8, 4, 1)),)
+# Too small for tcgen05: Triton 3.6 takes it for fp32 even where "ieee" is asked for, and then rounds to tf32.
+PREFILL_FP32: tuple[Prefill, ...] = (
+    Prefill(math.inf, PrefillBlocks(16, 16, 8, 4, 1), PrefillBlocks(16, 32, 8, 4, 1)),
+)
+
+# Per device the configurations, with x's dtype, that failed their test there; whoever runs `self_test_cases` fills it.
+UNUSABLE: dict[torch.device, set[tuple[torch.dtype, Decode | Prefill]]] = {}
 
 
 def run_experts_triton(
@@ -119,7 +148,7 @@ def run_experts_triton(
     """
     check(x, topk_ids, topk_weights, gate, up, down)
     with on_device_of(x):
-        if len(x) <= DECODE_UP_TO:
+        if len(x) <= DECODE_UP_TO and is_usable(x.device, x.dtype, DECODE):
             return run_experts_decode(x, topk_ids, topk_weights, gate, up, down)
         pieces = zip(
             x.split(ROWS_AT_ONCE), topk_ids.split(ROWS_AT_ONCE), topk_weights.split(ROWS_AT_ONCE), strict=True
@@ -171,9 +200,9 @@ def on_device_of(x: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """x's dtype; only Triton's interpreter, which adds bf16 as if they were integers, computes those in fp32."""
-    return torch.float32 if INTERPRETED and x.dtype == torch.bfloat16 else x.dtype
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
 def to_planes(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -380,7 +409,7 @@ def gate_up_decode(
     blocks: DecodeBlocks | None = None,
 ) -> torch.Tensor:
     """x as fp32 planes (R, H) and ids (R, K) to silu(gate) * up of every pair, (R K, I) fp32 planes."""
-    blocks = blocks or GATE_UP_DECODE
+    blocks = blocks or DECODE.gate_up
     (rows, choices), inner, groups = topk_ids.shape, gate[0].shape[1], planes.shape[1] // 32
     hidden = torch.empty((rows * choices, inner), dtype=torch.float32, device=planes.device)
     grid = (triton.cdiv(inner, blocks.outputs), rows * choices)
@@ -410,7 +439,7 @@ def down_decode(
     blocks: DecodeBlocks | None = None,
 ) -> torch.Tensor:
     """Hidden planes (R K, I) fp32, ids and fp32 weights (R, K) to the weighted sum of experts, (R, H) fp32."""
-    blocks = blocks or DOWN_DECODE
+    blocks = blocks or DECODE.down
     (rows, choices), width, groups = topk_ids.shape, down[0].shape[1], hidden.shape[1] // 32
     output = torch.empty((rows, width), dtype=torch.float32, device=hidden.device)
     grid = (triton.cdiv(width, blocks.outputs), rows)
@@ -478,10 +507,12 @@ def load_weight_tile(words, scales, n, start, N, W, BLOCK_W: tl.constexpr, EVEN:
     w = start + tl.arange(0, BLOCK_W)[None, :]
     g = start // 4 + tl.arange(0, BLOCK_W // 4)[None, :]
     n = n[:, None]
-    w_mask = n < N if EVEN else (n < N) & (w < W)
-    g_mask = n < N if EVEN else (n < N) & (g < W // 4)
-    tile = tl.load(words + n * W + w, mask=w_mask, other=0)
-    return tile, tl.load(scales + n * (W // 4) + g, mask=g_mask, other=0.0)
+    if EVEN:
+        tile, tile_scales = tl.load(words + n * W + w), tl.load(scales + n * (W // 4) + g)
+    else:
+        tile = tl.load(words + n * W + w, mask=(n < N) & (w < W), other=0)
+        tile_scales = tl.load(scales + n * (W // 4) + g, mask=(n < N) & (g < W // 4), other=0.0)
+    return tile, tile_scales
 
 
 @triton.jit(do_not_specialize=["magic"])
@@ -514,26 +545,26 @@ def gate_up_prefill_kernel(
     place = tl.load(tile_first + tl.program_id(1)) + tl.arange(0, BLOCK_M)
     inside = place < tl.load(expert_ends + expert)
     row = tl.load(order + place, mask=inside, other=0) // K
-    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # One product for both: eight rows of gate, the same eight of up, and so on. In a tensor core's accumulator rows i and
+    # i + 8 are in one thread, so they meet again without an exchange.
+    i = tl.arange(0, 2 * BLOCK_N)
+    out = tl.program_id(0) * BLOCK_N + i // 16 * 8 + i % 8
     n = out // 8 * 8 + out % 2 * 4 + out % 8 // 2  # the output that belongs at place `out` of a paired row
     k = tl.arange(0, BLOCK_W * 8)
     x_tile = x + row.to(tl.int64)[None, :] * (W * 8) + k[:, None]
-    gate += expert * I * W
-    up += expert * I * W
-    gate_scale += expert * I * (W // 4)
-    up_scale += expert * I * (W // 4)
-    gate_y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    up_y = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    is_gate = (i % 16 < 8)[:, None]
+    words = tl.where(is_gate, gate + expert * I * W, up + expert * I * W)
+    scales = tl.where(is_gate, gate_scale + expert * I * (W // 4), up_scale + expert * I * (W // 4))
+    both = tl.zeros((2 * BLOCK_N, BLOCK_M), dtype=tl.float32)
     for start in range(0, W, BLOCK_W):
         mask = inside[None, :] if EVEN else inside[None, :] & (start * 8 + k[:, None] < W * 8)
         inputs = tl.load(x_tile + start * 8, mask=mask, other=0.0)  # (8 BLOCK_W, BLOCK_M)
-        gate_words, gate_s = load_weight_tile(gate, gate_scale, n, start, I, W, BLOCK_W, EVEN)
-        up_words, up_s = load_weight_tile(up, up_scale, n, start, I, W, BLOCK_W, EVEN)
-        gate_w = dequantize_tile(gate_words, gate_s, magic, DTYPE)
-        gate_y = tl.dot(gate_w, inputs, gate_y, input_precision=PRECISION)
-        up_w = dequantize_tile(up_words, up_s, magic, DTYPE)
-        up_y = tl.dot(up_w, inputs, up_y, input_precision=PRECISION)
-    y = (gate_y * tl.sigmoid(gate_y) * up_y).to(DTYPE)
+        tile_words, tile_scales = load_weight_tile(words, scales, n, start, I, W, BLOCK_W, EVEN)
+        weights = dequantize_tile(tile_words, tile_scales, magic, DTYPE)
+        both = tl.dot(weights, inputs, both, input_precision=PRECISION)
+    gate_y, up_y = tl.split(both.reshape(BLOCK_N // 8, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
+    y = (gate_y * tl.sigmoid(gate_y) * up_y).to(DTYPE).reshape(BLOCK_N, BLOCK_M)
+    out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     target = hidden + place.to(tl.int64)[None, :] * I + out[:, None]
     tl.store(target, y, mask=inside[None, :] & (out[:, None] < I))
 
@@ -614,21 +645,66 @@ def run_experts_prefill(
     num_experts = len(gate[0])
     for_gate_up, for_down = blocks or prefill_blocks(topk_ids.numel() / num_experts, x)
     tiles = sort_by_expert(topk_ids, num_experts, for_gate_up.rows)
-    hidden = gate_up_prefill(to_paired(x, compute_dtype(x)), tiles, topk_ids.shape[1], gate, up, for_gate_up)
+    hidden = gate_up_prefill(
+        to_paired(x, compute_dtype(x.dtype)), tiles, topk_ids.shape[1], gate, up, for_gate_up
+    )
     outputs = down_prefill(hidden, tiles, down, for_down._replace(rows=for_gate_up.rows))
     return combine(outputs, topk_weights.float().contiguous())
 
 
 def prefill_blocks(pairs_per_expert: float, x: torch.Tensor) -> tuple[PrefillBlocks, PrefillBlocks]:
-    """The first row of the device's table for the average number of pairs per expert."""
-    table: tuple[tuple[float, PrefillBlocks, PrefillBlocks], ...]
-    if compute_dtype(x) == torch.float32:
+    """The first usable row of the table for the average number of pairs per expert, or the last below it."""
+    usable = usable_prefill(x.device, x.dtype)
+    if not usable:
+        raise RuntimeError(
+            f"int4 experts: no configuration of the Triton kernels for {x.dtype} passed its test on {x.device}."
+        )
+    return next((row for row in usable if pairs_per_expert <= row.pairs), usable[-1])[1:]
+
+
+def usable_prefill(device: torch.device, dtype: torch.dtype) -> list[Prefill]:
+    """The device's table for x's dtype, by rising number of pairs, without what UNUSABLE lists."""
+    if compute_dtype(dtype) == torch.float32:
         table = PREFILL_FP32
-    elif x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9:
-        table = PREFILL_HOPPER
     else:
-        table = PREFILL_OTHER
-    return next((gate_up, down) for most, gate_up, down in table if pairs_per_expert <= most)
+        table = PREFILL_BY_MAJOR.get(capability_major(device), PREFILL_OTHER)
+    return [row for row in table if is_usable(device, dtype, row)]
+
+
+def is_usable(device: torch.device, dtype: torch.dtype, row: Decode | Prefill) -> bool:
+    return (dtype, row) not in UNUSABLE.get(device, set())
+
+
+def capability_major(device: torch.device) -> int:
+    """8 for Ampere and Ada, 9 for Hopper, 10 and 12 for Blackwell; 0 for a CPU, which interprets."""
+    return 0 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
+
+
+class SelfTest(NamedTuple):
+    """`rows` of x for a layer of SELF_TEST_SHAPE take the compiled code that one configuration gives the full model.
+
+    If they come out wrong, `UNUSABLE.setdefault(device, set()).add(key)` and another configuration serves.
+    """
+
+    name: str
+    rows: int
+    key: tuple[torch.dtype, Decode | Prefill]
+
+
+# E, H, I, K. Small, but each as divisible by 16 as in the full model, with 32 groups for decode's blocks.
+SELF_TEST_SHAPE = (16, 1024, 1024, 8)
+
+
+def self_test_cases(device: torch.device, dtype: torch.dtype) -> Iterator[SelfTest]:
+    """One case for each usable configuration; x in `dtype`."""
+    experts, _, _, choices = SELF_TEST_SHAPE
+    if is_usable(device, dtype, DECODE):
+        yield SelfTest(f"decode {DECODE}", 1, (dtype, DECODE))
+    rows = DECODE_UP_TO
+    for row in usable_prefill(device, dtype):
+        most = rows + 1 if row.pairs == math.inf else int(row.pairs * experts / choices)
+        rows = max(most, rows + 1)
+        yield SelfTest(f"prefill {row}", rows, (dtype, row))
 
 
 def gate_up_prefill(
@@ -649,7 +725,7 @@ def gate_up_prefill(
         inner,
         words,
         MAGIC[x.dtype],
-        **prefill_constants(x, words, blocks),
+        **prefill_constants(x, inner, words, blocks),
     )
     return hidden
 
@@ -668,16 +744,16 @@ def down_prefill(hidden: torch.Tensor, tiles: Tiles, down: Packed, blocks: Prefi
         width,
         words,
         MAGIC[hidden.dtype],
-        **prefill_constants(hidden, words, blocks),
+        **prefill_constants(hidden, width, words, blocks),
     )
     return outputs
 
 
-def prefill_constants(x: torch.Tensor, words: int, blocks: PrefillBlocks) -> dict[str, object]:
+def prefill_constants(x: torch.Tensor, outputs: int, words: int, blocks: PrefillBlocks) -> dict[str, object]:
     return {
         "DTYPE": {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype],
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",  # only fp32 products use it
-        "EVEN": words % blocks.words == 0,
+        "EVEN": outputs % blocks.outputs == 0 and words % blocks.words == 0,  # no edge needs a mask
         "BLOCK_M": blocks.rows,
         "BLOCK_N": blocks.outputs,
         "BLOCK_W": blocks.words,

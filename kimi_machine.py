@@ -12,6 +12,8 @@ from pathlib import Path
 
 MIB, GIB = 2**20, 2**30
 RAM_BANDWIDTH = 460.8e9  # bytes/s: one socket, 12 channels of DDR5-4800 (12 * 8 bytes * 4.8e9), as EPYC 9004
+# bytes/s in one direction over 16 lanes of 16e9 or 32e9 bits/s, of which 128 in 130 are data (PCIe Base Specification).
+PCIE_4, PCIE_5 = 31.5e9, 63.0e9
 DISK_BANDWIDTH = 7.0e9  # bytes/s: sequential reads of a PCIe 4.0 x4 NVMe drive (Samsung 990 PRO: 7.45e9)
 
 # Held back on every device. The first two are allowances, not measurements of this model: a CUDA process that has used
@@ -32,35 +34,37 @@ class Card:
     printed_gb: int
     visible_gib: float  # "total capacity of" in PyTorch's out-of-memory messages
     bandwidth: float  # bytes/s, NVIDIA's data sheets
+    bus_bandwidth: float  # bytes/s to and from RAM, the same sheets' "PCIe x16"
 
 
 CARDS = (
-    Card("H100 SXM", ("H100",), 80, 79.1, 3.35e12),
-    Card("H100 PCIe", ("H100", "PCIE"), 80, 79.1, 2.0e12),
-    Card("H100 NVL", ("H100", "NVL"), 94, 93.1, 3.9e12),
-    Card("H200", ("H200",), 141, 139.8, 4.8e12),
-    Card("B200", ("B200",), 180, 178.3, 8.0e12),  # 192 GB of chips, 180 of them usable
-    Card("A100 80GB", ("A100",), 80, 79.1, 2.039e12),
-    Card("A100 40GB", ("A100", "40"), 40, 39.3, 1.555e12),
-    Card("RTX PRO 6000", ("PRO6000",), 96, 94.9, 1.792e12),
-    Card("RTX 6000 Ada", ("6000", "ADA"), 48, 47.4, 0.96e12),
-    Card("RTX A6000", ("A6000",), 48, 47.4, 0.768e12),
-    Card("L40S", ("L40S",), 48, 44.3, 0.864e12),
-    Card("RTX 5090", ("5090",), 32, 31.3, 1.792e12),
-    Card("RTX 4090", ("4090",), 24, 23.5, 1.008e12),
-    Card("RTX 3090", ("3090",), 24, 23.6, 0.936e12),
+    Card("H100 SXM", ("H100",), 80, 79.1, 3.35e12, PCIE_5),
+    Card("H100 PCIe", ("H100", "PCIE"), 80, 79.1, 2.0e12, PCIE_5),
+    Card("H100 NVL", ("H100", "NVL"), 94, 93.1, 3.9e12, PCIE_5),
+    Card("H200", ("H200",), 141, 139.8, 4.8e12, PCIE_5),
+    Card("B200", ("B200",), 180, 178.3, 8.0e12, PCIE_5),  # 192 GB of chips, 180 of them usable
+    Card("A100 80GB", ("A100",), 80, 79.1, 2.039e12, PCIE_4),
+    Card("A100 40GB", ("A100", "40"), 40, 39.3, 1.555e12, PCIE_4),
+    Card("RTX PRO 6000", ("PRO6000",), 96, 94.9, 1.792e12, PCIE_5),
+    Card("RTX 6000 Ada", ("6000", "ADA"), 48, 47.4, 0.96e12, PCIE_4),
+    Card("RTX A6000", ("A6000",), 48, 47.4, 0.768e12, PCIE_4),
+    Card("L40S", ("L40S",), 48, 44.3, 0.864e12, PCIE_4),
+    Card("RTX 5090", ("5090",), 32, 31.3, 1.792e12, PCIE_5),
+    Card("RTX 4090", ("4090",), 24, 23.5, 1.008e12, PCIE_4),
+    Card("RTX 3090", ("3090",), 24, 23.6, 0.936e12, PCIE_4),
 )
 VISIBLE_SHARE = 0.98  # of a printed size: the cards above show 97.9 to 99.3 %, L40S with ECC aside
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator: bytes CUDA can give out (its own context included), bytes/s of its memory."""
+    """One accelerator: bytes CUDA can give out (its own context included), bytes/s of its memory and to it from RAM."""
 
     name: str
     total_bytes: int
     bandwidth: float
-    assumed: str = ""  # the card whose bandwidth was taken because only a size was given
+    assumed: str = ""  # the card whose bandwidths were taken because only a size was given
+    bus_bandwidth: float = PCIE_4
 
 
 @dataclass(frozen=True)
@@ -119,14 +123,14 @@ def gpu_of(text: str) -> Gpu:
         exact = "ib" in text.lower()
         total = size if exact else int(size * VISIBLE_SHARE)
         like = _slowest_card(total)
-        return Gpu(text, total, like.bandwidth, like.name)
+        return Gpu(text, total, like.bandwidth, like.name, like.bus_bandwidth)
     card = _find_card(text)
     if card is None:
         known = ", ".join(card.name for card in CARDS)
         raise ValueError(
             f'GPU "{text}" is unknown; the known ones are {known}. Or give its memory, as in 8x80GB.'
         )
-    return Gpu(card.name, int(card.visible_gib * GIB), card.bandwidth)
+    return Gpu(card.name, int(card.visible_gib * GIB), card.bandwidth, bus_bandwidth=card.bus_bandwidth)
 
 
 def _find_card(text: str) -> Card | None:
@@ -161,7 +165,7 @@ def detect_gpus() -> tuple[Gpu, ...]:
         usable = min(total, free + CUDA_CONTEXT_BYTES)
         card = _find_card(name)
         like = card or _slowest_card(total)
-        gpus.append(Gpu(name, usable, like.bandwidth, "" if card else like.name))
+        gpus.append(Gpu(name, usable, like.bandwidth, "" if card else like.name, like.bus_bandwidth))
     return tuple(gpus)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from torch import nn
 from .configuration_kimi import KimiK25Config, KimiK25TextConfig
 from .kimi_backends import EXPERT_ROWS, faster_experts, is_recorded, runs_by_expert
 from .kimi_experts import ExpertMatrices, Experts, run_experts
+from .kimi_files import file_stamp
 from .kimi_machine import detect_gpus, detect_ram, parse_size
 from .kimi_sizes import all_fit, expert_bytes, free_bytes, resident_bytes
 from .kimi_slots import READERS, ExpertFiles, Part, ReadsExperts, SlotCache, Visit, Worth
@@ -70,9 +71,10 @@ class PooledExperts(Experts):
     @torch.compiler.disable
     @torch.no_grad()
     def prefetch(self, topk_ids: torch.Tensor) -> None:
+        choices = self.pool.read_choices(topk_ids)
         if self.pool.lock.acquire(blocking=False):  # or else another thread is using the slots
             try:
-                self.pool.visit(self, topk_ids).read_ahead()
+                self.pool.visit(self, choices).read_ahead()
             finally:
                 self.pool.lock.release()
 
@@ -80,13 +82,17 @@ class PooledExperts(Experts):
     def forward(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """As Experts.forward. Gradients are refused when they are asked for: what they need is no longer there."""
         cache, recorded = self.pool.cache_of(self.layer), is_recorded(x, topk_weights)
+        choices = self.pool.take_choices(topk_ids)
         with self.pool.lock:
-            visit = self.pool.visit(self, topk_ids, counts=True)
+            visit = self.pool.visit(self, choices, counts=True)
             inputs = [tensor.to(cache.device) for tensor in (x, topk_ids, topk_weights)]
             matrices = self.matrices_in(visit)
             backend = faster_experts(self.config.int4_backend, inputs[0], inputs[2], matrices, run_experts)
-            with torch.no_grad():
-                output = run_pooled(backend, visit, self, *inputs).to(x.device)
+            try:
+                with torch.no_grad():
+                    output = run_pooled(backend, visit, self, choices.ids, *inputs).to(x.device)
+            finally:
+                cache.note_use()
         return NoGradient.apply(output, x, topk_weights) if recorded else output
 
     def matrices_in(self, visit: Visit, lazy: bool = False) -> Sequence[ExpertMatrices]:
@@ -136,28 +142,35 @@ def run_pooled(
     backend: Callable | None,
     visit: Visit,
     experts: PooledExperts,
+    ids_in_ram: torch.Tensor,
     x: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
 ) -> torch.Tensor:
     """What `Experts.forward` does, with the same backend (None: the plain code). Few rows run in groups whose experts fit
-    the slots together; many rows by expert, in ascending order as with resident ones, each when it is in its slot."""
+    the slots together; many rows by expert, in ascending order as with resident ones, each when it is in its slot.
+
+    `ids_in_ram` (R, K) are `topk_ids`, which may be on a GPU: looking at those would wait for it.
+    """
     run = backend or run_experts
     if runs_by_expert(backend, len(x)):
         return run(x, topk_ids, topk_weights, *experts.matrices_in(visit, lazy=True))
     plain = experts.matrices_in(visit)
-    if len(x) <= EXPERT_ROWS or len(visit.experts) <= visit.cache.capacity:
+    if len(visit.experts) <= visit.cache.capacity:
+        return run(x, visit.hold(visit.experts)[topk_ids], topk_weights, *plain)
+    if len(x) <= EXPERT_ROWS:
         outputs = [
             run(x[rows], visit.hold(group)[topk_ids[rows]], topk_weights[rows], *plain)
-            for rows, group in visit.row_groups(topk_ids)
+            for rows, group in visit.row_groups(ids_in_ram)
         ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return torch.cat(outputs)
     # A kernel that takes all experts at once, and more experts than slots: pairs by expert, a group at a time.
     order = topk_ids.flatten().argsort(stable=True)
     ids, rows = topk_ids.flatten()[order], order // topk_ids.shape[-1]
     weights = topk_weights.flatten()[order].unsqueeze(-1)
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for part, slots in experts.matrices_in(visit, lazy=True)[0].batches(ids):
+    for part, group in visit.row_groups(ids_in_ram.flatten().sort().values.unsqueeze(-1)):
+        slots = visit.hold(group)[ids[part]]
         output.index_add_(0, rows[part], run(x[rows[part]], slots.unsqueeze(-1), weights[part], *plain))
     return output
 
@@ -198,6 +211,31 @@ class CacheRequest:
         return gpus + detect_ram()
 
 
+class Choices(NamedTuple):
+    """What the router chose for R rows, read to RAM: the one time that a layer waits for its device."""
+
+    topk_ids: torch.Tensor  # (R, K), as they were given
+    version: int | None  # of these when they were read; None if torch counts none
+    ids: torch.Tensor  # (R, K) the same in RAM
+    experts: list[int]  # ascending, each once
+
+    @classmethod
+    def read(cls, topk_ids: torch.Tensor) -> "Choices":
+        ids = topk_ids.to("cpu")
+        return cls(topk_ids, version_of(topk_ids), ids, ids.unique().tolist())
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """Grows when the tensor is written in place."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class LastChoices(threading.local):
+    """Those that a thread has read ahead for the experts it computes next."""
+
+    choices: Choices | None = None
+
+
 class ExpertPool:
     """The caches of a model's pooled layers, one for each device that holds some, and the files they are read from.
 
@@ -212,7 +250,8 @@ class ExpertPool:
         self.files: ExpertFiles | None = None
         self.names: dict[str, Part] = {}
         self.maps: dict[str, torch.UntypedStorage] = {}
-        self.lock = threading.RLock()
+        self.lock = threading.RLock()  # held while slots are in use
+        self.last = LastChoices()
         if isinstance(request.size, int):
             self._check_size(request.size)
 
@@ -266,7 +305,7 @@ class ExpertPool:
             capacity, worth = min(size // one, most), Worth(HALF_LIFE, len(mine))
             source: ReadsExperts = files
             if device.type != "cpu":
-                source = self._ram_tier(files, layout, one, len(mine), most) or files
+                source = self._ram_tier(device, files, layout, one, len(mine), most) or files
             self.caches[device] = SlotCache(source, capacity, layout, worth, device)
 
     def _bytes_on(self, device: torch.device, share: float) -> int:
@@ -275,16 +314,15 @@ class ExpertPool:
         return free_bytes(device, self.config)
 
     def _ram_tier(
-        self, files: ExpertFiles, layout: dict, one: int, num_layers: int, most: int
+        self, device: torch.device, files: ExpertFiles, layout: dict, one: int, num_layers: int, most: int
     ) -> SlotCache | None:
         """A second tier of slots in RAM for those of an accelerator, in an even share of what is free."""
         devices = len(set(self.device_of.values()))
         capacity = min(max(free_bytes(torch.device("cpu"), self.config), 0) // devices // one, most)
         if capacity <= READERS:
             return None
-        return SlotCache(
-            files, capacity, layout, Worth(HALF_LIFE, num_layers), pin_memory=torch.cuda.is_available()
-        )
+        copied_to = device if device.type == "cuda" else None
+        return SlotCache(files, capacity, layout, Worth(HALF_LIFE, num_layers), copied_to=copied_to)
 
     def cache_of(self, layer: int) -> SlotCache:
         if layer not in self.device_of:
@@ -300,18 +338,36 @@ class ExpertPool:
             if isinstance(cache.source, SlotCache):
                 yield cache.source
 
-    def visit(self, experts: PooledExperts, topk_ids: torch.Tensor, counts: bool = False) -> Visit:
+    def read_choices(self, topk_ids: torch.Tensor) -> Choices:
+        """Reads what a router chose, (R, K), and keeps it for `take_choices` by the same thread."""
+        self.last.choices = Choices.read(topk_ids)
+        return self.last.choices
+
+    def take_choices(self, topk_ids: torch.Tensor) -> Choices:
+        """What `read_choices` has read if it was given this tensor, unchanged since; else it is read now. (Changes of inference
+        tensors are not seen, which torch does not count.)"""
+        choices, self.last.choices = self.last.choices, None
+        if choices is not None and choices.topk_ids is topk_ids and choices.version == version_of(topk_ids):
+            return choices
+        return Choices.read(topk_ids)
+
+    def visit(self, experts: PooledExperts, choices: Choices, counts: bool = False) -> Visit:
         cache, layer = self.cache_of(experts.layer), experts.layer
-        used = topk_ids.unique().tolist()  # the one host sync of a layer
         if counts:
-            cache.asked += len(used)
-            cache.worth.use((layer, expert) for expert in used)
-        return Visit(cache, layer, used, experts.num_experts)
+            cache.asked += len(choices.experts)
+            cache.worth.use((layer, expert) for expert in choices.experts)
+        return Visit(cache, layer, choices.experts, experts.num_experts)
 
     def mapped(self, name: str) -> torch.Tensor:
-        """One published tensor as a view of its file."""
+        """One published tensor as a view of its file. Raises OSError if another file has that name now, or other bytes."""
         source = self.names[name].source
         if source.file not in self.maps:
+            now = file_stamp(os.stat(source.file))
+            if now != source.stamp:
+                raise OSError(
+                    f"{name} cannot be taken from {source.file}: it is not the file that the model was loaded from"
+                    f" ({source.stamp[0]} bytes then, {now[0]} now)."
+                )
             size = os.path.getsize(source.file)
             self.maps[source.file] = cast(
                 torch.UntypedStorage, torch.UntypedStorage.from_file(source.file, False, size)
@@ -325,24 +381,24 @@ class ExpertPool:
 
     def warm(self, counts: Mapping[int, Sequence[int]]) -> int:
         """Reads the experts that were used most, as many as there are slots; returns how many. Layer -> uses by expert."""
-        warmed = 0
-        for device, cache in self.caches.items():
-            uses = {
-                (layer, expert): number
-                / max(sum(counts[layer]) / self.config.text_config.num_experts_per_tok, 1)
-                for layer, other in self.device_of.items()
-                if other == device and layer in counts
-                for expert, number in enumerate(counts[layer])
-                if number
-            }
-            best = sorted(uses, key=lambda key: -uses[key])[: cache.capacity]
-            for key, share in uses.items():
-                cache.worth.expect(key, share)
-            entries = [(key, cache.claim(key, best)) for key in best]
-            for key, entry in entries:
-                cache.await_entry(key, entry)
-            warmed += len(entries)
-        return warmed
+        with self.lock:  # experts that a pass of another thread has asked for would go otherwise
+            return sum(self._warm(device, cache, counts) for device, cache in self.caches.items())
+
+    def _warm(self, device: torch.device, cache: SlotCache, counts: Mapping[int, Sequence[int]]) -> int:
+        uses = {
+            (layer, expert): number / max(sum(counts[layer]) / self.config.text_config.num_experts_per_tok, 1)
+            for layer, other in self.device_of.items()
+            if other == device and layer in counts
+            for expert, number in enumerate(counts[layer])
+            if number
+        }
+        best = sorted(uses, key=lambda key: -uses[key])[: cache.capacity]
+        for key, share in uses.items():
+            cache.worth.expect(key, share)
+        entries = [(key, cache.claim(key, best)) for key in best]
+        for key, entry in entries:
+            cache.await_entry(key, entry)
+        return len(entries)
 
     def __deepcopy__(self, memo: dict) -> "ExpertPool":
         return self

@@ -11,18 +11,21 @@ name instead, so modules with an attribute `stacked_names` have it set while the
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .kimi_checkpoint import load_checkpoint, save_checkpoint
+from .kimi_gpu import prepare
 from .kimi_pool import requested
 
 logger = logging.get_logger(__name__)
@@ -35,6 +38,24 @@ Model = TypeVar("Model", bound="KimiPretrainedMixin")
 
 class KimiPretrainedMixin(Base):
     """Reads and writes a model whose experts are stacked; see the top of this file."""
+
+    language_model: Any
+    plain_code: Mapping[str, Callable] = MappingProxyType({})  # what kernels are compared with, by operation
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.lm_head = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.model
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Logical weights: an int4 expert counts its codes, not its words, scales and shapes."""
@@ -84,7 +105,19 @@ class KimiPretrainedMixin(Base):
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         set_stacked_names(model, False)
+        model._prepare_devices()
         return loaded
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        """Behind .to(), .cuda() and the like: what runs on a new device is tried there before the first forward."""
+        result = super()._apply(fn, recurse)
+        self._prepare_devices()
+        return result
+
+    def _prepare_devices(self) -> None:
+        used = {(parameter.device, parameter.dtype) for parameter in self.parameters()}
+        for device, dtype in used:
+            prepare(device, dtype, self.plain_code)
 
     @classmethod
     def _load_pretrained_model(cls, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -210,3 +243,32 @@ def _upload(
         create_pr=create_pr,
         revision=revision,
     )
+
+
+# ---------------------------------------------------------------------------------------------------------- device maps
+
+
+class OnEachDevice:
+    """Tensors that all layers share, or tuples of them, copied once to each device. accelerate's hooks, which a device map
+    puts before every layer, would copy them for every layer."""
+
+    def __init__(self, **shared: Any):
+        self.shared = shared
+        self.copies: dict[torch.device, dict[str, Any]] = {}
+
+    def for_layer(self, layer: nn.Module) -> dict[str, Any]:
+        device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+        if device is None:
+            return self.shared
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if device not in self.copies:
+            self.copies[device] = tree_map_only(torch.Tensor, lambda x: x.to(device), self.shared)
+        return self.copies[device]
+
+
+def only_moves_inputs(module: nn.Module) -> bool:
+    """Whether accelerate put no hook on the module, or one that leaves its weight where it is; one that offloads brings the
+    weight only while the module runs."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = [] if hook is None else getattr(hook, "hooks", [hook])  # of a SequentialHook
+    return all(getattr(one, "offload", None) is False for one in hooks)

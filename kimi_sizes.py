@@ -19,7 +19,8 @@ from .kimi_machine import (
 )
 
 # For keys and values while they are expanded, or for scores, of one layer's call.
-WORKSPACE_BYTES = 256 * 2**20
+WORKSPACE_BYTES = 256 * 2**20  # at least; kimi_backends takes more of a GPU that has it free
+LARGEST_WORKSPACE_BYTES = 4 * 2**30
 AUTO_CONTEXT = 32768  # tokens of one sequence for which expert_cache="auto" leaves room
 AUTO_CHUNK = 4096  # of them at once
 

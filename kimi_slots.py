@@ -4,10 +4,19 @@
                   resident set, by as much as the system chooses to keep)
     SlotCache     S slots on one device; a slot holds one expert of any layer. Slots of a projection are one
                   (S, N, M/8) tensor, so the products of `kimi_experts.py` multiply with them as they are
+    CopyStream    how bytes get into the slots of a GPU: beside the products, and in order with them
     Visit         one pass of a layer over the experts that its router chose: reads run ahead in threads while
                   experts that are in memory compute
 
 A SlotCache reads from ExpertFiles, or from another SlotCache: slots of an accelerator are filled from slots in RAM.
+
+On a GPU the threads here are ahead of what it does, so each of these has its event (a point in a stream of the GPU):
+
+    a slot is overwritten        after the products that were launched when it was claimed, on any stream
+    products use a slot          after the copies into it
+    a slot in RAM is overwritten after the copies out of it; so is the memory between a file and a GPU
+
+The first two are waits of the GPU, the third of a reader thread. The thread that computes waits for none of them.
 
 Which expert goes when a slot is needed: the one of least worth, where each use adds one and worth halves every
 `half_life` tokens (LRFU, Lee et al., IEEE Transactions on Computers 50(12), 2001: it is LRU for a short half-life and
@@ -23,15 +32,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any, Protocol
+from itertools import accumulate, count
+from typing import Any, Protocol, cast
 
 import torch
 
-from .kimi_files import Range, Shard, bytes_of, empty_for_weights, landing
+from .kimi_files import Range, Shard, bytes_of, empty_for_weights, empty_page_locked, landing
 from .kimi_safetensors import Source
 
 Key = tuple[int, int]  # layer, expert
+Event = Any  # torch.cuda.Event
+# Puts data, the second of each pair, into tensors of a slot; if it is not there on return, the event says when it is.
+Put = Callable[[Sequence[tuple[torch.Tensor, torch.Tensor]]], Event | None]
+ALIGNMENT = 64  # bytes between tensors in the memory before a GPU; no dtype needs more
 READERS = 4  # threads that read; see docs/history.md
 
 
@@ -47,6 +60,24 @@ class Part:
     name: str
 
 
+class Staging(threading.local):
+    """Page-locked memory of each reader thread, between the files and a GPU."""
+
+    memory: torch.Tensor | None = None
+    copied: Event | None = None  # when the last copy out of it is done
+
+    def take(self, sizes: Sequence[int], device: torch.device) -> list[torch.Tensor]:
+        """Bytes in these sizes, all of them anew with each call."""
+        ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None
+        if self.memory is None or self.memory.nbytes < ends[-1]:
+            self.memory = empty_page_locked((ends[-1],), torch.uint8, device)
+        begins = [0, *ends[:-1]]
+        return [self.memory[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
+
+
 @dataclass
 class ExpertFiles:
     """The experts of a checkpoint by (layer, expert), as byte ranges of its files; counts what is read.
@@ -60,6 +91,7 @@ class ExpertFiles:
     seconds: float = 0.0  # of all reading threads together
     shards: dict[str, Shard] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    staging: Staging = field(default_factory=Staging)
 
     def __post_init__(self) -> None:
         for projections in self.parts.values():
@@ -67,33 +99,48 @@ class ExpertFiles:
                 if part.source.file not in self.shards:
                     self.shards[part.source.file] = Shard(part.source.file, part.source.stamp)
 
-    def tasks(self, key: Key, out: dict[str, torch.Tensor]) -> list[Callable[[], None]]:
+    def tasks(self, key: Key, out: dict[str, torch.Tensor], put: Put) -> list[Callable[[], Event | None]]:
         """What fills the tensors of a slot: one call for each projection, for threads of their own."""
-        return [functools.partial(self._read, key, parts, out) for parts in self.parts[key].values()]
+        return [functools.partial(self._read, key, parts, out, put) for parts in self.parts[key].values()]
 
-    def _read(self, key: Key, parts: list[Part], out: dict[str, torch.Tensor]) -> None:
+    def _read(self, key: Key, parts: list[Part], out: dict[str, torch.Tensor], put: Put) -> Event | None:
         start = time.perf_counter()
+        parts = sorted(parts, key=lambda part: part.source.begin)
+        places = [out.get(part.parameter) for part in parts]
+        buffers = self._landings(parts, places)
         ranges: dict[str, list[Range]] = defaultdict(list)  # by file
-        buffers = []
-        for part in sorted(parts, key=lambda part: part.source.begin):
-            source, place = part.source, out.get(part.parameter)
-            buffer = landing(place, source.shape, source.dtype)
-            ranges[source.file].append(Range(source.begin, bytes_of(buffer), part.name))
-            buffers.append((part, place, buffer))
+        for part, buffer in zip(parts, buffers, strict=True):
+            ranges[part.source.file].append(Range(part.source.begin, bytes_of(buffer), part.name))
         try:
             for file, of_file in ranges.items():
                 self.shards[file].read(of_file)
         except OSError as error:
             raise OSError(f"expert {key[1]} of layer {key[0]}: {error}") from error
-        for part, place, buffer in buffers:
+        elsewhere = []
+        for part, place, buffer in zip(parts, places, buffers, strict=True):
             if place is None:
                 expected = self.shapes[part.name.split(".")[-2]]
                 check_matrix_shape(part.name, buffer.tolist(), expected)
             elif place is not buffer:
-                place.copy_(buffer)
+                elsewhere.append((place, buffer))
+        copied = put(elsewhere) if elsewhere else None
+        self.staging.copied = copied
         with self.lock:
-            self.bytes_read += sum(buffer.nbytes for _, _, buffer in buffers)
+            self.bytes_read += sum(buffer.nbytes for buffer in buffers)
             self.seconds += time.perf_counter() - start
+        return copied
+
+    def _landings(self, parts: Sequence[Part], places: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
+        """Where the bytes of each part are read to: its place if it can be, else memory from which they are put there."""
+        gpus = {place.device for place in places if place is not None and place.is_cuda}
+        if not gpus:
+            pairs = zip(parts, places, strict=True)
+            return [landing(place, part.source.shape, part.source.dtype) for part, place in pairs]
+        sources = [part.source for part in parts]
+        pieces = self.staging.take([source.end - source.begin for source in sources], gpus.pop())
+        return [
+            piece.view(source.dtype).view(source.shape) for piece, source in zip(pieces, sources, strict=True)
+        ]
 
 
 def check_matrix_shape(name: str, found: list[int], expected: tuple[int, int]) -> None:
@@ -108,17 +155,76 @@ def check_matrix_shape(name: str, found: list[int], expected: tuple[int, int]) -
 
 
 class ReadsExperts(Protocol):
-    """What a SlotCache is filled from."""
+    """What a SlotCache is filled from: calls for its threads that read an expert into the tensors of a slot."""
 
-    def tasks(self, key: Key, out: dict[str, torch.Tensor]) -> list[Callable[[], None]]: ...
+    def tasks(self, key: Key, out: dict[str, torch.Tensor], put: Put) -> list[Callable[[], Event | None]]: ...
+
+
+class CopyStream:
+    """Copies into the slots of one GPU, on a stream of their own beside the products that use other slots."""
+
+    def __init__(self, device: torch.device, stacks: Iterable[torch.Tensor]):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.uses: dict[Any, Event] = {}  # by stream: after the last products there that took slots
+        for stack in stacks:
+            stack.record_stream(self.stream)  # when freed, it is not given out before the copies are done
+
+    def note_use(self) -> None:
+        """To be called after products with slots were given to this thread's stream."""
+        stream = torch.cuda.current_stream(self.device)
+        self.uses = {other: event for other, event in self.uses.items() if not event.query()}
+        self.uses[stream] = stream.record_event()
+
+    def last_uses(self) -> list[Event]:
+        """What a copy into a slot that is claimed now must wait for."""
+        self.note_use()
+        return list(self.uses.values())
+
+    def put(self, after: Sequence[Event], pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Event:
+        """A `Put` once `after` is given. Threads may take turns on the stream: then they wait for each other's, too."""
+        with torch.cuda.stream(self.stream):
+            for event in after:
+                self.stream.wait_event(event)
+            try:
+                for place, data in pairs:
+                    place.copy_(data, non_blocking=True)
+            except BaseException:
+                self.stream.synchronize()  # nobody gets an event, and what was copied from may be overwritten
+                raise
+            copied = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
+            copied.record(self.stream)
+        return copied
+
+    def arrive(self, copied: Iterable[Event]) -> None:
+        """What this thread gives to its stream from now on comes after these copies."""
+        stream = torch.cuda.current_stream(self.device)
+        for event in copied:
+            stream.wait_event(event)
+
+
+def put_at_once(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for place, data in pairs:
+        place.copy_(data)
+
+
+def run_after(events: Sequence[Event], task: Callable[[], Event | None]) -> Event | None:
+    for event in events:
+        event.synchronize()
+    return task()
+
+
+def under_way(events: Iterable[Event]) -> list[Event]:
+    return [event for event in events if not event.query()]
 
 
 @dataclass(eq=False)
 class Entry:
-    """One expert in a slot. It is there when all `reads` are done."""
+    """One expert in a slot. It is there when all `reads` are done, and for a GPU when it has passed `arriving`."""
 
     slot: int
     reads: list[Future] = field(default_factory=list)
+    arriving: list[Event] = field(default_factory=list)  # copies into the slot
+    leaving: list[Event] = field(default_factory=list)  # copies out of it
     pins: int = 0
 
     def is_done(self) -> bool:
@@ -159,7 +265,8 @@ class SlotCache:
     """`capacity` experts on `device`, those of most worth.
 
     `layout` gives shape and dtype of one expert's tensors by parameter name; `stacks` holds them as (capacity, ...).
-    Every method may be called from any thread.
+    `copied_to` is a GPU whose slots are filled from these: they are then page-locked. Every method may be called from any
+    thread.
     """
 
     def __init__(
@@ -170,21 +277,28 @@ class SlotCache:
         worth: Worth,
         device: torch.device | str = "cpu",
         readers: int = READERS,
-        pin_memory: bool = False,
+        copied_to: torch.device | None = None,
     ):
-        self.source, self.capacity, self.device, self.worth = source, capacity, torch.device(device), worth
+        self.source, self.capacity, self.worth = source, capacity, worth
         self.stacks = {
-            name: torch.empty((capacity, *shape), dtype=dtype, pin_memory=True)
-            if pin_memory
-            else empty_for_weights((capacity, *shape), dtype, self.device)
+            name: empty_for_weights((capacity, *shape), dtype, device)
+            if copied_to is None
+            else empty_page_locked((capacity, *shape), dtype, copied_to)
             for name, (shape, dtype) in layout.items()
         }
+        self.device = next(iter(self.stacks.values())).device  # cuda:0 where "cuda" was given
         self.entry_bytes = sum(stack[0].nbytes for stack in self.stacks.values())
         self.entries: dict[Key, Entry] = {}
         self.free = list(reversed(range(capacity)))
+        self.leaving: dict[int, list[Event]] = {}  # copies out of slots whose expert went
         self.ranking: list[tuple[float, int, Key, Entry]] = []  # a heap; worth as it was when pushed
         self.tiebreak = count()
-        self.threads = ThreadPoolExecutor(readers, "expert-reader")
+        self.copies: CopyStream | None = None
+        on_device: dict[str, Any] = {}
+        if self.device.type == "cuda":
+            self.copies = CopyStream(self.device, self.stacks.values())
+            on_device = {"initializer": torch.cuda.set_device, "initargs": (self.device,)}
+        self.threads = ThreadPoolExecutor(readers, "expert-reader", **on_device)
         self.lock = threading.RLock()
         self.asked = self.misses = 0
 
@@ -207,49 +321,69 @@ class SlotCache:
                 self.misses += 1
                 self.entries[key] = entry = Entry(slot)
                 heapq.heappush(self.ranking, (self._rank(key), next(self.tiebreak), key, entry))
-                out = {name: stack[slot] for name, stack in self.stacks.items()}
-                entry.reads = [self.threads.submit(task) for task in self.source.tasks(key, out)]
+                entry.reads = self._start_reading(key, slot)
             entry.pins += pin
             return entry
 
+    def _start_reading(self, key: Key, slot: int) -> list[Future]:
+        out = {name: stack[slot] for name, stack in self.stacks.items()}
+        after, put = self.leaving.pop(slot, []), cast(Put, put_at_once)
+        if self.copies is not None:
+            after, put = [], functools.partial(self.copies.put, [*after, *self.copies.last_uses()])
+        tasks = self.source.tasks(key, out, put)
+        return [self.threads.submit(run_after, after, task) for task in tasks]
+
     def await_entry(self, key: Key, entry: Entry | None) -> int:
-        """The slot, once the expert is in it. Raises what a read raised; then the slot is free and the next try reads
-        again. Raises RuntimeError if `claim` found no slot."""
+        """The slot, once the expert is in it; on a GPU, once what this thread gives to its stream next finds it there.
+
+        Raises what a read raised; then the slot is free and the next try reads again. Raises RuntimeError if `claim` found
+        no slot."""
         if entry is None:
             raise RuntimeError(f"all {self.capacity} slots of {self.device} are in use at once.")
+        reads = entry.reads
         try:
-            for read in entry.reads:
-                read.result()
+            copied = [read.result() for read in reads]
         except BaseException:
             with self.lock:
                 if self.entries.get(key) is entry:
                     self._drop(key, entry)
             raise
-        entry.reads = []
+        with self.lock:
+            if entry.reads is reads:  # no other thread was here before
+                entry.arriving += [event for event in copied if event is not None]
+                entry.reads = []
+            if self.copies is not None:
+                self.copies.arrive(entry.arriving)
+                # Threads with streams of their own wait again.
+                entry.arriving = under_way(entry.arriving)
         return entry.slot
 
-    def tasks(self, key: Key, out: dict[str, torch.Tensor]) -> list[Callable[[], None]]:
-        """As the source of a cache on another device."""
-        stream = None
-        if any(tensor.is_cuda for tensor in out.values()):
-            # Ordered after the products that still use the slot's old expert, and before those that use the new one.
-            stream = torch.cuda.current_stream(next(iter(out.values())).device)
-        return [lambda: self._copy(key, out, stream)]
+    def note_use(self) -> None:
+        """To be called after products with slots, by the thread that launched them."""
+        if self.copies is not None:
+            with self.lock:
+                self.copies.note_use()
 
-    def _copy(self, key: Key, out: dict[str, torch.Tensor], stream: Any) -> None:
+    def tasks(self, key: Key, out: dict[str, torch.Tensor], put: Put) -> list[Callable[[], Event | None]]:
+        """As the source of a cache on another device."""
+        return [functools.partial(self._copy, key, out, put)]
+
+    def _copy(self, key: Key, out: dict[str, torch.Tensor], put: Put) -> Event | None:
         with self.lock:
             self.asked += 1
             self.worth.use([key])
             entry = self.claim(key, pin=True)
+        copied = None
         try:
             slot = self.await_entry(key, entry)
-            with torch.cuda.stream(stream):  # which does nothing for None
-                for name, tensor in out.items():
-                    tensor.copy_(self.stacks[name][slot])
+            copied = put([(tensor, self.stacks[name][slot]) for name, tensor in out.items()])
         finally:
             if entry is not None:
                 with self.lock:
                     entry.pins -= 1
+                    if copied is not None:
+                        entry.leaving = [*under_way(entry.leaving), copied]
+        return copied
 
     def _find_slot(self, keep: Iterable[Key], spare: Iterable[Key] | None) -> int | None:
         if not self.free:
@@ -289,6 +423,7 @@ class SlotCache:
     def _drop(self, key: Key, entry: Entry) -> None:
         wait(entry.reads)  # a thread may still write into the slot
         del self.entries[key]
+        self.leaving[entry.slot] = entry.leaving
         self.free.append(entry.slot)
 
     def num_cached(self) -> int:
@@ -327,21 +462,29 @@ class Visit:
         return self.cache.await_entry(key, entry)
 
     def hold(self, experts: Iterable[int]) -> torch.Tensor:
-        """(E,) int64 slots by expert id, of these experts, all there at once; they must be no more than the slots."""
+        """(E,) int64 slots by expert id, on the device, of these experts, all there at once; they must be no more than the
+        slots."""
         keys = {(self.layer, expert) for expert in experts}
         entries = {key: self.cache.claim(key, keys) for key in sorted(keys)}
         slots = torch.full((self.num_experts,), -1, dtype=torch.int64)
         for (_, expert), entry in entries.items():
             slots[expert] = self.cache.await_entry((self.layer, expert), entry)
-        return slots.to(self.cache.device)
+        return upload(slots, self.cache.device)
 
     def row_groups(self, topk_ids: torch.Tensor) -> Iterator[tuple[slice, set[int]]]:
-        """Cuts rows of ids (R, K) so that the experts of a group fit the slots."""
+        """Cuts rows of ids (R, K), in RAM, so that the experts of a group fit the slots."""
         start = 0
         group: set[int] = set()
         for row, chosen in enumerate(topk_ids.tolist()):
-            if len(group | set(chosen)) > self.cache.capacity:
+            if len(group) + len(set(chosen) - group) > self.cache.capacity:
                 yield slice(start, row), group
                 start, group = row, set()
-            group |= set(chosen)
+            group.update(chosen)
         yield slice(start, len(topk_ids)), group
+
+
+def upload(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A few numbers to a device. From memory that is not page-locked a copy to a GPU would wait for it."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.pin_memory().to(device, non_blocking=True)

@@ -10,14 +10,38 @@ print(model.memory_report())
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+if TYPE_CHECKING:  # what is mixed into
+    Base = nn.Module
+else:
+    Base = object
+
+
+class KimiUsageMixin(Base):
+    """What a model says about its use."""
+
+    expert_pool: Any
+
+    def memory_report(self, past_key_values: Any = None) -> "MemoryReport":
+        """Bytes by device: weights, experts in the pool, the given cache; the pool's hit rate and bytes read."""
+        return memory_report(self, past_key_values)
+
+    def collect_routing(self) -> AbstractContextManager["Routing"]:
+        """`with model.collect_routing() as routing:` counts how often each expert of each layer is chosen."""
+        return recorded_routing(self)
+
+    def warm_experts(self, routing: "Routing") -> int:
+        """Reads the experts that `routing` counted most into the pool, as many as fit; returns how many. 0 without a
+        pool, where all are in memory."""
+        return self.expert_pool.warm(routing.by_layer()) if self.expert_pool else 0
 
 
 @dataclass

@@ -45,7 +45,6 @@ Names of modules and parameters are the checkpoint's. Sources: DeepSeek-V2 (arXi
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -66,12 +65,16 @@ from .kimi_backends import (
     choose_path,
     expanded_head_slices,
     faster_absorb,
+    faster_add_rounded,
     faster_expanded_attention,
     faster_latent_attention,
     faster_linear,
+    faster_logits,
     faster_rms_norm,
     faster_rotary,
-    faster_scores,
+    faster_rotate_and_append,
+    faster_route,
+    faster_silu_and_mul,
     part_of_mask,
     query_slices,
 )
@@ -80,16 +83,18 @@ from .kimi_cache import (
     append,
     cached_length,
     causal_mask,
-    count_positions,
+    filled_lengths,
+    lower_right,
     new_cache,
     readable_mask,
+    reserve,
     restore,
 )
-from .kimi_experts import Experts, apply_keeping_dtype
-from .kimi_generation import KimiGenerationMixin, check_counts, check_ids, check_length
+from .kimi_experts import Experts, apply_keeping_dtype, run_experts
+from .kimi_generation import KimiGenerationMixin, check_finite, check_ids
 from .kimi_pool import pool_experts
-from .kimi_pretrained import KimiPretrainedMixin
-from .kimi_usage import MemoryReport, Routing, memory_report, recorded_routing
+from .kimi_pretrained import KimiPretrainedMixin, OnEachDevice, only_moves_inputs
+from .kimi_usage import KimiUsageMixin
 from .kimi_vision import MoonViT, PatchMergerProjector, PositionEmbedding
 
 if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point names itself
@@ -98,8 +103,10 @@ if TYPE_CHECKING:  # transformers 4.57 copies only the files an entry point name
     from .kimi_cpu import linear_bf16  # noqa: F401
     from .kimi_cpu_source import SOURCE  # noqa: F401
     from .kimi_files import Shard  # noqa: F401
+    from .kimi_gpu import why_not  # noqa: F401
     from .kimi_int4 import int4_linear  # noqa: F401
     from .kimi_int4_triton import run_experts_triton  # noqa: F401
+    from .kimi_layer_triton import route_triton  # noqa: F401
     from .kimi_machine import detect_ram  # noqa: F401
     from .kimi_safetensors import read_header  # noqa: F401
     from .kimi_sizes import weight_bytes  # noqa: F401
@@ -131,7 +138,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        norm = faster_rms_norm(x, self.weight) or rms_norm
+        norm = faster_rms_norm(x, self.weight, rms_norm) or rms_norm
         return norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
@@ -274,32 +281,50 @@ class MLA(nn.Module):
         cache_position: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, H) to (B, T, H), and the attention weights (B, h, T, S) if the implementation is "eager"."""
-        q_nope, q_pe = self.queries(hidden_states, position_embeddings)
-        latent, k_pe = self.latents(hidden_states, position_embeddings)
-        if past_key_values is not None:
-            latent, k_pe = append(past_key_values, latent, k_pe, self.layer_idx, cache_position)
+        """(B, T, H) to (B, T, H), and the attention weights (B, h, T, S) if the implementation is "eager".
+
+        Without a mask `past_length` may say how many keys precede the new tokens; `lengths` (B,), how many tokens of a
+        larger cache are there.
+        """
+        q_nope, q_pe = self.queries(hidden_states)
+        new = q_pe, *self.latents(hidden_states)
+        q_pe, latent, k_pe = self.rotate_and_append(
+            *new, position_embeddings, past_key_values, cache_position
+        )
         path = choose_path(self.config.mla_path, q_nope.shape[2], latent.shape[2], latent.device.type)
         attend = self.absorb if path == "absorb" else self.expand
         output, weights = attend(q_nope, q_pe, latent, k_pe, attention_mask, **kwargs)  # (B, T, h, dv)
         return self.o_proj(output.flatten(-2)), weights
 
-    def queries(
-        self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, H) to q_nope (B, h, T, dn) and rotated q_pe (B, h, T, dr)."""
+    def queries(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, H) to q_nope (B, h, T, dn) and q_pe (B, h, T, dr), not rotated yet."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, T, dn + dr)
-        q_nope, q_pe = q.split((self.nope_dim, self.rope_dim), dim=-1)
-        return q_nope, apply_rotary(q_pe, *cos_sin)
+        return q.split((self.nope_dim, self.rope_dim), dim=-1)
 
-    def latents(
-        self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, H) to what is cached: latent (B, 1, T, c) and rotated k_pe (B, 1, T, dr)."""
+    def latents(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, H) to what is cached: latent (B, 1, T, c) and k_pe (B, 1, T, dr), not rotated yet."""
         compressed = self.kv_a_proj_with_mqa(x).unsqueeze(1)  # (B, 1, T, c + dr)
         latent, k_pe = compressed.split((self.latent_dim, self.rope_dim), dim=-1)
-        return self.kv_a_layernorm(latent), apply_rotary(k_pe, *cos_sin)
+        return self.kv_a_layernorm(latent), k_pe
+
+    def rotate_and_append(
+        self,
+        q_pe: torch.Tensor,
+        latent: torch.Tensor,
+        k_pe: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache | None,
+        cache_position: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated q_pe; and with the T new ones all S latents (B, 1, S, c) and rotated k_pe (B, 1, S, dr) of the cache."""
+        whole = faster_rotate_and_append(q_pe, latent, k_pe, rotate_pairs)
+        if whole and (room := reserve(cache, self.layer_idx, latent, k_pe)):
+            return whole(q_pe, latent, k_pe, *cos_sin, *room.places), *room.filled
+        q_pe, k_pe = apply_rotary(q_pe, *cos_sin), apply_rotary(k_pe, *cos_sin)
+        if cache is not None:
+            latent, k_pe = append(cache, latent, k_pe, self.layer_idx, cache_position)
+        return q_pe, latent, k_pe
 
     def up_projections(self, latent: torch.Tensor) -> torch.Tensor:
         """`kv_b_proj` as (h, dn + dv, c): UK above UV of each head. A view of the weight wherever that is the weight.
@@ -308,7 +333,7 @@ class MLA(nn.Module):
         the images of the c unit vectors.
         """
         module = self.kv_b_proj
-        if type(module) is Linear and not hasattr(module, "_hf_hook"):
+        if type(module) is Linear and only_moves_inputs(module):
             weight = module.weight
         else:
             units = torch.eye(self.latent_dim, dtype=latent.dtype, device=latent.device)
@@ -322,12 +347,14 @@ class MLA(nn.Module):
         latent: torch.Tensor,
         k_pe: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        past_length: int | None = None,
+        lengths: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention on the cache as it is: latent (B, 1, S, c), k_pe (B, 1, S, dr). Returns (B, T, h, dv)."""
         up, path, wants_weights = self.up_projections(latent), self.config.mla_path, self.wants_weights()
-        flash = "flash" in self.config._attn_implementation
-        mask = readable_mask(attention_mask, q_nope.shape[2], latent.shape[2], latent.device, flash)
+        flash, sizes = "flash" in self.config._attn_implementation, (q_nope.shape[2], latent.shape[2])
+        mask = readable_mask(attention_mask, *sizes, latent.device, flash, past_length)
         if whole := faster_absorb(path, q_nope, up, latent, k_pe, mask, wants_weights):
             return whole(q_nope, q_pe, up, latent, k_pe, mask, self.scaling), None
 
@@ -336,14 +363,14 @@ class MLA(nn.Module):
         fast = faster_latent_attention(path, q_latent, latent, k_pe, wants_weights, latent_attention)
         attend = fast or latent_attention
         outputs, kept = [], []
-        for rows in query_slices(q_latent, latent.shape[2]):
+        for rows in query_slices(q_latent, latent.shape[2], fast):
             queries = q_latent[:, :, rows], q_pe[:, :, rows]
-            output, weights = attend(*queries, latent, k_pe, part_of_mask(mask, rows), self.scaling)
+            output, weights = attend(*queries, latent, k_pe, part_of_mask(mask, rows), self.scaling, lengths)
             outputs.append(output)  # (B, h, rows, c)
             if wants_weights:  # otherwise they are what the workspace bounds
                 kept.append(weights)
             del weights
-        output = torch.cat(outputs, dim=2)  # (B, h, T, c)
+        output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]  # (B, h, T, c)
         weights = torch.cat(kept, dim=2) if kept else None
         return torch.einsum("bhtc,hvc->bthv", output, up_v), weights
 
@@ -354,12 +381,16 @@ class MLA(nn.Module):
         latent: torch.Tensor,
         k_pe: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        past_length: int | None = None,
+        lengths: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention on keys and values made from the cache, as many heads at a time as the workspace holds.
 
         Arguments and result as those of `absorb`.
         """
+        if attention_mask is None and past_length:
+            attention_mask = lower_right(q_nope.shape[2], latent.shape[2], latent.device)
         how = self.config._attn_implementation, self.dropout()
         parts = expanded_head_slices(*how, q_nope, q_pe, latent, k_pe, self.v_dim, attention_mask)
         if len(parts) == 1:
@@ -449,10 +480,12 @@ def latent_attention(
     k_pe: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The plain code of `absorb`: one key-value head, shared by all query heads.
 
-    q_latent (B, h, T, c), q_pe (B, h, T, dr), latent (B, 1, S, c), k_pe (B, 1, S, dr), mask as `readable_mask` returns.
+    q_latent (B, h, T, c), q_pe (B, h, T, dr), latent (B, 1, S, c), k_pe (B, 1, S, dr), mask as `readable_mask` returns,
+    which hides what is beyond `lengths`, too.
     Returns (B, h, T, c) and the weights (B, h, T, S). Scores and softmax are fp32: the small rotated part is multiplied
     in fp32, so a score is rounded once, like an expanded one.
     """
@@ -484,7 +517,13 @@ class MLP(nn.Module):
         return by_rows(self.swiglu, x, MLP_ROWS)
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        activate = faster_silu_and_mul(gate, up, silu_and_mul) or silu_and_mul
+        return self.down_proj(activate(gate, up))
+
+
+def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
 
 
 def route(
@@ -504,6 +543,25 @@ def route(
     return choice.topk(top_k, dim=-1, sorted=False).indices
 
 
+def choose_experts(
+    logits: torch.Tensor,
+    bias: torch.Tensor,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (R, E) fp32 to topk_ids (R, K) int64 and topk_weights (R, K) fp32."""
+    scores = logits.sigmoid()  # (R, E)
+    with torch.no_grad():
+        topk_ids = route(scores, bias, top_k, n_group, topk_group)
+    topk_weights = scores.gather(-1, topk_ids)
+    if normalize:
+        topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
+    return topk_ids, topk_weights * scaling
+
+
 def linear_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x.float(), weight.float())
 
@@ -513,11 +571,8 @@ class Router(nn.Module):
 
     def __init__(self, config: KimiK25TextConfig):
         super().__init__()
-        self.top_k, self.n_group, self.topk_group = (
-            config.num_experts_per_tok,
-            config.n_group,
-            config.topk_group,
-        )
+        self.top_k, self.n_group = config.num_experts_per_tok, config.n_group
+        self.topk_group = config.topk_group
         self.norm_topk_prob, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias = nn.Parameter(
@@ -528,14 +583,11 @@ class Router(nn.Module):
         """(R, H) to topk_ids (R, K) int64 and topk_weights (R, K) fp32."""
         with torch.autocast(x.device.type, enabled=False):
             # fp32: scores in bf16 tie, and ties swap experts.
-            product = faster_scores(x, self.weight) or linear_fp32
-            scores = product(x, self.weight).sigmoid()  # (R, E)
-        with torch.no_grad():
-            topk_ids = route(scores, self.e_score_correction_bias, self.top_k, self.n_group, self.topk_group)
-        topk_weights = scores.gather(-1, topk_ids)
-        if self.norm_topk_prob:
-            topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + 1e-20)
-        return topk_ids, topk_weights * self.scaling
+            product = faster_logits(x, self.weight) or linear_fp32
+            logits = product(x, self.weight)  # (R, E)
+        bias, groups = self.e_score_correction_bias, (self.n_group, self.topk_group)
+        choose = faster_route(logits, bias, self.n_group, choose_experts) or choose_experts
+        return choose(logits, bias, self.top_k, *groups, self.norm_topk_prob, self.scaling)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         return apply_keeping_dtype(self, fn, ("e_score_correction_bias",))
@@ -559,8 +611,14 @@ class MoE(nn.Module):
         topk_ids, topk_weights = self.gate(flat)
         self.experts.prefetch(topk_ids)
         shared = self.shared_experts(x)
-        routed = self.experts(flat, topk_ids, topk_weights).to(x.dtype)
-        return routed.view_as(x) + shared
+        routed = self.experts(flat, topk_ids, topk_weights).view_as(x)
+        add = faster_add_rounded(routed, shared, add_rounded) or add_rounded
+        return add(routed, shared)
+
+
+def add_rounded(wide: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A sum in fp32 rounded to the other's dtype, plus the other."""
+    return wide.to(other.dtype) + other
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -617,23 +675,27 @@ class Decoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         debug_nan: bool = False,
+        counted: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """inputs_embeds (B, T, H) to the normed last hidden state (B, T, H)."""
+        """inputs_embeds (B, T, H) to the normed last hidden state (B, T, H). `counted`: position_ids just count up."""
         position_ids = position_ids.expand(inputs_embeds.shape[:2])
-        shared = {
-            "position_embeddings": self.rotary_emb(position_ids),
-            "attention_mask": causal_mask(
-                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, cache_position
-            ),
-            "past_key_values": past_key_values,
-            "cache_position": cache_position,
-        }
+        given = None if counted else position_ids
+        mask, past_length = causal_mask(
+            self.config, inputs_embeds, attention_mask, past_key_values, given, cache_position
+        )
+        shared = OnEachDevice(
+            position_embeddings=self.rotary_emb(position_ids),
+            attention_mask=mask,
+            cache_position=cache_position,
+            lengths=filled_lengths(past_key_values, cache_position, len(inputs_embeds)),
+        )
+        kwargs.update(past_key_values=past_key_values, past_length=past_length)
         all_states: list[Any] = [inputs_embeds]
         all_weights: list[Any] = []
         x = inputs_embeds
         for idx, layer in enumerate(self.layers):
-            x, weights = layer(x, **shared, **kwargs)
+            x, weights = layer(x, **shared.for_layer(layer), **kwargs)
             if debug_nan:
                 check_finite(x, f"layer {idx}")
             if output_hidden_states:
@@ -658,13 +720,18 @@ class CausalLM(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
 
-def check_finite(x: torch.Tensor, where: str) -> None:
-    wrong = int((~torch.isfinite(x)).sum())
-    if wrong:
-        raise ValueError(f"{where} made the first NaN or infinity: {wrong} of {x.numel()} values.")
-
-
 # ---------------------------------------------------------------------------------------------------------- whole model
+
+# What kernels of a GPU are compared with, by operation.
+PLAIN_CODE = {
+    "add_rounded": add_rounded,
+    "experts": run_experts,
+    "latent_attention": latent_attention,
+    "rms_norm": rms_norm,
+    "rotate_and_append": rotate_pairs,
+    "route": choose_experts,
+    "silu_and_mul": silu_and_mul,
+}
 
 
 class KimiK25PreTrainedModel(KimiPretrainedMixin, PreTrainedModel):
@@ -679,6 +746,7 @@ class KimiK25PreTrainedModel(KimiPretrainedMixin, PreTrainedModel):
     # The loader keeps these in fp32 itself; said again for tools that look here.
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
     _supports_flash_attn = _supports_flash_attn_2 = _supports_sdpa = _supports_attention_backend = True
+    plain_code = PLAIN_CODE
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -697,7 +765,7 @@ class KimiK25PreTrainedModel(KimiPretrainedMixin, PreTrainedModel):
             nn.init.zeros_(bias)
 
 
-class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixin):
+class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiUsageMixin, KimiGenerationMixin):
     """The whole model: MoonViT, projector, language model."""
 
     def __init__(self, config: KimiK25Config):
@@ -713,21 +781,6 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
         self.language_model = CausalLM(config.text_config)
         self.expert_pool = pool_experts(self, config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.lm_head = new_embeddings
-
-    def get_decoder(self) -> nn.Module:
-        return self.language_model.model
 
     @can_return_tuple
     def forward(
@@ -766,6 +819,7 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
         inputs_embeds = self._embed(input_ids, inputs_embeds, pixel_values, grid_thws, debug_nan)  # (B, T, H)
         # cache_position: 4.57's generate() gives it, 5.x has no such thing.
         past_length, cache_position = cached_length(past_key_values), kwargs.pop("cache_position", None)
+        counted = position_ids is None and attention_mask is None
         position_ids, cache_position = self._positions(
             inputs_embeds, attention_mask, position_ids, past_length, cache_position
         )
@@ -774,6 +828,7 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
                 inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
+                counted=counted,
                 past_key_values=past_key_values,
                 cache_position=cache_position,
                 output_attentions=self._option("output_attentions", output_attentions),
@@ -796,19 +851,6 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def memory_report(self, past_key_values: Cache | None = None) -> MemoryReport:
-        """Bytes by device: weights, experts in the pool, the given cache; the pool's hit rate and bytes read."""
-        return memory_report(self, past_key_values)
-
-    def collect_routing(self) -> AbstractContextManager[Routing]:
-        """`with model.collect_routing() as routing:` counts how often each expert of each layer is chosen."""
-        return recorded_routing(self)
-
-    def warm_experts(self, routing: Routing) -> int:
-        """Reads the experts that `routing` counted most into the pool, as many as fit; returns how many. 0 without a
-        pool, where all are in memory."""
-        return self.expert_pool.warm(routing.by_layer()) if self.expert_pool else 0
 
     def get_image_features(self, pixel_values: torch.Tensor, grid_thws: torch.Tensor) -> list[torch.Tensor]:
         """(P, 3, 14, 14) and (N, 3) to N tensors (tokens of the item, H); an item is an image or a chunk of a video."""
@@ -845,23 +887,6 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
             return inputs_embeds
         return self._insert_media(input_ids, inputs_embeds, pixel_values, grid_thws)
 
-    def _positions(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        past_length: int | torch.Tensor,
-        cache_position: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions (B or 1, T) of the new tokens, and where (T,) they go in the cache. Refuses too many of them."""
-        num_tokens = inputs_embeds.shape[1]
-        check_length(past_length, num_tokens, self.config.text_config.max_position_embeddings)
-        if cache_position is None:
-            cache_position = torch.arange(num_tokens, device=inputs_embeds.device) + past_length
-        if position_ids is None:
-            position_ids = count_positions(attention_mask, cache_position)
-        return position_ids, cache_position
-
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.FloatTensor:
         return self.loss_function(
             logits=logits,
@@ -870,23 +895,3 @@ class KimiK25ForConditionalGeneration(KimiK25PreTrainedModel, KimiGenerationMixi
             ignore_index=self.config.ignore_index,
             **{key: kwargs[key] for key in ("num_items_in_batch",) if key in kwargs},
         )
-
-    def _insert_media(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor,
-        pixel_values: torch.Tensor,
-        grid_thws: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Puts the vision features in the places of `<|media_pad|>`, in order; the length never changes."""
-        if input_ids is None:
-            raise ValueError(
-                "pixel_values need input_ids, whose <|media_pad|> tokens say where the features go."
-            )
-        if grid_thws is None:
-            raise ValueError("pixel_values need grid_thws, (N, 3) frames, rows and columns of each item.")
-        items = self.get_image_features(pixel_values, grid_thws)
-        places = input_ids == self.config.media_placeholder_token_id  # (B, T)
-        check_counts(places, [len(item) for item in items], grid_thws.tolist())
-        features = torch.cat(items).to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(places.unsqueeze(-1), features)

@@ -205,7 +205,7 @@ def simulate(trace: list[tuple[int, list[int]]], capacity: int, half_life: float
     from kimi.kimi_slots import SlotCache, Worth
 
     class Nothing:
-        def tasks(self, key, out):
+        def tasks(self, key, out, put):
             return []
 
     cache = SlotCache(Nothing(), capacity, {"x": ((1,), torch.uint8)}, Worth(half_life, num_layers))

@@ -2,8 +2,8 @@
 
 A device takes consecutive layers, whole, and any of three modules outside the chain (embeddings, vision, head). The
 search keeps the experts of as many layers as possible on accelerators; among those ways it fills the devices most
-evenly. The other experts go to RAM, and what does not fit there stays on disk. Being exact, it refuses a machine only
-if nothing fits, and more memory never makes a plan fail.
+evenly. The other experts go to RAM, and what does not fit there stays on disk; their layers' devices fetch them from
+there. Being exact, it refuses a machine only if nothing fits, and more memory never makes a plan fail.
 """
 
 from collections.abc import Sequence

@@ -17,9 +17,11 @@ Everything follows from config.json. The model is a chain of layers between thre
 Devices take consecutive layers, whole, and any of the three modules. placement.py searches all such ways; experts
 that no accelerator can hold go to RAM, and then stay on disk. Sizes come from kimi_sizes.py, cards from kimi_machine.py.
 
-The ceiling is bytes read per token over bandwidth, layers one after the other, experts computed where they are stored
-(those in RAM or on disk by the CPU, so weights never cross PCIe). No launch, no synchronisation and no arithmetic is
-counted: nothing can be faster, and good code comes near it.
+The ceiling is bytes read per token over bandwidth, layers one after the other. The device of a layer computes all of it.
+Without GPUs that is the CPU, with experts in RAM. A GPU gets experts that are in RAM or on disk over its PCIe bus, each
+time that a token chooses them; reading them and crossing the bus overlap, so the slower of the two counts. Routing is
+taken as even, so that a cache finds its share of the experts and no more. No launch, no synchronisation and no arithmetic
+is counted: with even routing nothing can be faster, and good code comes near it.
 
 Units: bytes; GB is 10^9 bytes in everything printed. In what you type, a size means what vendors mean by it: `80GB`
 of GPU or RAM is 80 GiB of chips, of which CUDA shows about 98 %; `2TB` of disk is 2 * 10^12 bytes. GiB and TiB are
@@ -92,6 +94,7 @@ class Ceiling:
     cache_bytes_per_step: int  # more of it when the context is full
     tokens_per_s: float  # all sequences together, empty cache
     tokens_per_s_at_full_context: float
+    bus_bytes_per_step: int = 0  # of those from RAM and disk, what goes to GPUs
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,7 @@ def plan(
     *,
     ram_bandwidth: float = RAM_BANDWIDTH,
     disk_bandwidth: float = DISK_BANDWIDTH,
+    bus_bandwidth: float | None = None,
 ) -> Plan:
     """Places the model on a machine, or says what is missing and what would do.
 
@@ -153,8 +157,12 @@ def plan(
         context: tokens of a sequence, prompt and answer; by default `max_position_embeddings`.
         batch: sequences at a time.
         dtype: of all that is not packed, and of the cache.
+        ram_bandwidth, disk_bandwidth: bytes/s.
+        bus_bandwidth: bytes/s from RAM to each GPU; by default the cards' own, for 16 lanes.
     """
     gpus = parse_gpus(gpus) if isinstance(gpus, str) else tuple(gpus)
+    if bus_bandwidth is not None:
+        gpus = tuple(replace(gpu, bus_bandwidth=bus_bandwidth) for gpu in gpus)
     limit = config.text_config.max_position_embeddings
     job = Job(config, limit if context is None else context, batch, str(dtype).removeprefix("torch."))
     machine = Machine(gpus, ram_bytes, disk_bytes, ram_bandwidth, disk_bandwidth)
@@ -178,7 +186,8 @@ def _validate(machine: Machine, job: Job) -> None:
     for name, size in (("ram_bytes", machine.ram_bytes), ("disk_bytes", machine.disk_bytes)):
         if size < 0:
             raise ValueError(f"{name} is {size}; memory cannot be negative.")
-    for name, rate in (("ram_bandwidth", machine.ram_bandwidth), ("disk_bandwidth", machine.disk_bandwidth)):
+    rates = [("ram_bandwidth", machine.ram_bandwidth), ("disk_bandwidth", machine.disk_bandwidth)]
+    for name, rate in (*rates, *(("bus_bandwidth", gpu.bus_bandwidth) for gpu in machine.gpus)):
         if rate <= 0:
             raise ValueError(f"{name} is {rate} bytes/s; it must be positive.")
     if not machine.gpus and not machine.ram_bytes:
@@ -309,25 +318,41 @@ def _host_plan(machine: Machine, job: Job, placement: Placement) -> DevicePlan:
 
 
 def _ceiling(machine: Machine, job: Job, devices: Sequence[DevicePlan], tiers: dict[int, str]) -> Ceiling:
-    """Seconds of a step are the sum over devices of bytes over bandwidth, since each waits for the one before.
+    """Seconds of a step are the sum over devices and layers of bytes over bandwidth, since each waits for the one before.
 
-    A batch reads the experts that any of its tokens chose: with even routing E (1 - (1 - K/E)^B) of E.
+    A batch reads the experts that any of its tokens chose: with even routing E (1 - (1 - K/E)^B) of E. From RAM or disk to
+    a GPU they take the longer of two times, at the rate of where they are and at that of the GPU's bus.
     """
     text = job.config.text_config
     total, top_k = text.n_routed_experts, text.num_experts_per_tok
     distinct = total * (1 - (1 - top_k / total) ** job.batch)
     read_once = set(WEIGHT_KINDS) - {"routed_experts", "embeddings", "vision", "projector"}
-    tier_bytes, cache, seconds, cache_seconds = {"gpu": 0, "ram": 0, "disk": 0}, 0, 0.0, 0.0
+    chosen = distinct * expert_bytes(text, job.size)  # bytes of a layer's experts in one step
+    tier_bytes, cache, seconds, cache_seconds, bus = {"gpu": 0, "ram": 0, "disk": 0}, 0, 0.0, 0.0, 0.0
     for device in devices:
         tier = {"cpu": "ram", "disk": "disk"}.get(str(device.device), "gpu")
         held = device.bytes.get("routed_experts", 0) / job.experts if job.experts else 0
         spine = sum(size for kind, size in device.bytes.items() if kind in read_once)
-        step = spine + held * distinct * expert_bytes(text, job.size)
-        tier_bytes[tier] += int(step)
+        tier_bytes[tier] += int(spine + held * chosen)
         cache += device.bytes.get("cache", 0)
-        seconds += step / device.bandwidth
         cache_seconds += device.bytes.get("cache", 0) / device.bandwidth
-    return Ceiling(tier_bytes, cache, job.batch / seconds, job.batch / (seconds + cache_seconds))
+        seconds += spine / device.bandwidth
+        if tier == "gpu" or not machine.gpus:
+            seconds += held * chosen / device.bandwidth
+            continue
+        for gpu in _gpus_of(tier, tiers, machine, devices):
+            seconds += chosen / min(device.bandwidth, gpu.bus_bandwidth)
+            bus += chosen
+    return Ceiling(tier_bytes, cache, job.batch / seconds, job.batch / (seconds + cache_seconds), int(bus))
+
+
+def _gpus_of(
+    tier: str, tiers: dict[int, str], machine: Machine, devices: Sequence[DevicePlan]
+) -> Iterator[Gpu]:
+    """The GPU of each layer whose experts are in a tier."""
+    for device in devices:
+        if isinstance(device.device, int):
+            yield from [machine.gpus[device.device] for idx in device.layers if tiers.get(idx) == tier]
 
 
 def _notes(machine: Machine, job: Job, placement: Placement, tiers: dict[int, str]) -> tuple[str, ...]:
@@ -342,26 +367,38 @@ def _notes(machine: Machine, job: Job, placement: Placement, tiers: dict[int, st
         notes.append(f"The GPU is too small for {moved}, which run on the CPU from RAM.")
     if machine.gpus and set(tiers.values()) != {"gpu"}:
         notes.append(
-            'The ceiling has experts in RAM or on disk computed by the CPU. from_pretrained(..., device_map="auto",'
-            ' expert_cache="auto") brings them to the layer\'s device as they are asked for, which is no faster.'
+            'Load it with from_pretrained(..., device_map="auto", expert_cache="auto"): the experts used most, of any layer,'
+            " stay on the layer's GPU; the others cross its PCIe bus from RAM each time that they are chosen."
         )
+        notes += _note_on_ram_alone(machine, job, placement)
     elif "disk" in tiers.values():
         notes.append(
             'Load it with from_pretrained(..., expert_cache="auto"): RAM then holds the experts used most, of any layer.'
         )
-    if "disk" in tiers.values():
+    if "disk" in tiers.values() or (machine.gpus and "ram" in tiers.values()):
         notes.append(
-            "Reads from disk are counted for even routing; real routing is uneven, and a cache of experts gains by it."
+            "The ceiling counts even routing; real routing is uneven, and a cache of experts gains by it."
         )
     for gpu in dict.fromkeys(gpu for gpu in machine.gpus if gpu.assumed):
         notes.append(
-            f"{gpu.name}: {gpu.bandwidth / 1e12:.2f} TB/s is {gpu.assumed}'s; name the card for its own."
+            f"{gpu.name}: {gpu.bandwidth / 1e12:.2f} TB/s, and {gpu.bus_bandwidth / 1e9:.1f} GB/s from RAM, are"
+            f" {gpu.assumed}'s; name the card for its own."
         )
     if 0 < machine.disk_bytes < job.checkpoint_bytes:
         notes.append(
             f"The disk's {_gb(machine.disk_bytes)} cannot hold the {_gb(job.checkpoint_bytes)} checkpoint."
         )
     return tuple(notes)
+
+
+def _note_on_ram_alone(machine: Machine, job: Job, placement: Placement) -> Iterator[str]:
+    """RAM is faster than the bus: a machine with room for everything there may do better without its GPUs."""
+    alone = replace(machine, gpus=())
+    other = find_placement(alone, job) if machine.ram_bytes else None
+    if other is not None:
+        rate = _ceiling_of(alone, job, other).tokens_per_s
+        if rate > _ceiling_of(machine, job, placement).tokens_per_s:
+            yield f"From RAM alone, computed by the CPU, the ceiling is {_rate(rate)} tokens/s: see --gpus none."
 
 
 # --------------------------------------------------------------------------------------------------- if it does not fit
@@ -492,9 +529,12 @@ def _more_gpus(machine: Machine, job: Job) -> Iterator[Alternative]:
 def _alternative(change: str, arguments: dict[str, Any], machine: Machine, job: Job) -> Alternative:
     placement = find_placement(machine, job)
     assert placement is not None, change
+    return Alternative(change, arguments, _ceiling_of(machine, job, placement).tokens_per_s)
+
+
+def _ceiling_of(machine: Machine, job: Job, placement: Placement) -> Ceiling:
     tiers = _expert_tiers(machine, job, placement)
-    devices = _device_plans(machine, job, placement, tiers)
-    return Alternative(change, arguments, _ceiling(machine, job, devices, tiers).tokens_per_s)
+    return _ceiling(machine, job, _device_plans(machine, job, placement, tiers), tiers)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -558,9 +598,11 @@ def closing_lines(result: Plan) -> list[str]:
         tiers = list(result.expert_tiers.values())
         held = [f"{tiers.count(tier)} layers {place}" for tier, place in TIER_WORDS.items() if tier in tiers]
         reads = [f"{_gb(size)} {tier}" for tier, size in ceiling.bytes_per_step.items() if size]
+        bus = ceiling.bus_bytes_per_step
+        crossing = f", {_gb(bus)} of it over PCIe" if bus else ""
         lines.append(f"Experts: {', '.join(held)}.")
         lines.append(
-            f"Ceiling: {_rate(ceiling.tokens_per_s)} tokens/s ({', '.join(reads)} read per step of {result.batch}),"
+            f"Ceiling: {_rate(ceiling.tokens_per_s)} tokens/s ({', '.join(reads)} read per step of {result.batch}{crossing}),"
             f" {_rate(ceiling.tokens_per_s_at_full_context)} with a full context."
         )
         lines += result.notes
@@ -626,6 +668,9 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="bfloat16", help="of all that is not packed: bfloat16 (default), float16, float32")
     add("--ram-bandwidth", type=float, default=RAM_BANDWIDTH / 1e9, help="GB/s (default %(default)s)")
     add("--disk-bandwidth", type=float, default=DISK_BANDWIDTH / 1e9, help="GB/s (default %(default)s)")
+    add(
+        "--bus-bandwidth", type=float, help="GB/s from RAM to each GPU (default: 16 lanes of the card's PCIe)"
+    )
     add("--config", default=str(ROOT), help="folder of config.json (default: this repository's)")
     add("--json", action="store_true", help="the plan as JSON, bytes everywhere")
     words: list[str] = []
@@ -656,6 +701,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.dtype,
             ram_bandwidth=given.ram_bandwidth * 1e9,
             disk_bandwidth=given.disk_bandwidth * 1e9,
+            bus_bandwidth=None if given.bus_bandwidth is None else given.bus_bandwidth * 1e9,
         )
     except ValueError as error:
         print(f"plan: {error}", file=sys.stderr)

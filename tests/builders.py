@@ -1,11 +1,7 @@
 """Small models that the tests share: the golden toy, and a seeded int4 one with every kind of tensor."""
 
 import json
-import os
-import subprocess
-import sys
 import zlib
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -13,7 +9,7 @@ import pytest
 import torch
 from packaging.version import Version
 
-from conftest import DATA, ROOT
+from conftest import DATA
 from kimi.configuration_kimi import PUBLISHED_QUANTIZATION, KimiK25Config
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration
 
@@ -112,18 +108,3 @@ def skip_unless_interpretable(kernels: ModuleType) -> None:
         pytest.skip("kernels are interpreted when they are chosen: pytest -m kernels")
     if Version(np.__version__) >= Version("2.4") and Version(triton.__version__) < Version("3.7"):
         pytest.skip(f"triton {triton.__version__} cannot interpret with numpy {np.__version__}: needs < 2.4")
-
-
-def compile_without_a_gpu(script: str, arch: int, folder: Path) -> None:
-    """Runs a script that compiles Triton kernels for sm_`arch`, in a process where the interpreter is off."""
-    pytest.importorskip("triton.backends.nvidia", reason="this triton has no CUDA compiler")
-    (folder / "compile.py").write_text(script, encoding="utf-8")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(folder / "cache")}
-    done = subprocess.run(
-        [sys.executable, str(folder / "compile.py"), str(arch)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -2,14 +2,25 @@
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from transformers import DynamicCache, StaticCache, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer
 
 from builders import assert_close, golden_model
-from kimi.kimi_cache import LatentLayer, new_cache, with_latent_layers
+from kimi.kimi_cache import (
+    LatentLayer,
+    causal_mask,
+    filled_lengths,
+    lower_right,
+    new_cache,
+    readable_mask,
+    reserve,
+    with_latent_layers,
+)
 
 IDS = torch.randint(3, 48, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -337,3 +348,76 @@ def test_an_offloaded_cache_without_its_gpu(model, cache_class, monkeypatch):
     assert_close(feed(model, cache, IDS, [20, 21]), want, 1e-5, "fp32")
     for layer in cache.layers:
         assert ("offload", layer) in moves and ("prefetch", layer) in moves
+
+
+# ------------------------------------------------------------------------------------------------------ masks on a GPU
+
+
+def as_on_a_gpu(num_new, batch=1):
+    """Embeddings of which causal_mask asks the shape and where they are; masks are then made on the CPU."""
+    return SimpleNamespace(
+        is_cuda=True, device=torch.device("cpu"), shape=(batch, num_new, 64), dtype=torch.float32
+    )
+
+
+def cache_of(config, length, batch=1):
+    cache = new_cache(config)
+    if length:
+        cache.update(torch.zeros(batch, 1, length, 32), torch.zeros(batch, 1, length, 8), 0)
+    return cache
+
+
+@pytest.mark.parametrize(("num_new", "cached"), [(1, 0), (1, 9), (7, 0), (7, 9)])
+def test_a_gpu_needs_no_mask_without_padding(num_new, cached):
+    """SDPA has fast kernels for "causal, the last of all tokens", and none for a mask that says so."""
+    text = golden_model("sdpa").config.text_config
+    places = torch.arange(cached, cached + num_new)
+    given = text, as_on_a_gpu(num_new), None, cache_of(text, cached), places[None], places
+    assert causal_mask(*given) == (None, cached)
+    bias = lower_right(num_new, num_new + cached, torch.device("cpu"))
+    assert type(bias) is CausalBias and bias.variant == CausalVariant.LOWER_RIGHT
+    want = readable_mask(None, num_new, num_new + cached, torch.device("cpu"), past_length=cached)
+    assert num_new == 1 or bias._materialize().equal(want[0, 0])
+
+
+@pytest.mark.parametrize(("num_new", "cached"), [(1, 0), (1, 9), (7, 0), (7, 9)])
+@pytest.mark.parametrize("columns", [0, 2, -1], ids=["exact", "too many", "too few"])
+def test_a_gpu_gets_the_mask_that_transformers_makes(num_new, cached, columns):
+    """Without the look at its values, for which transformers waits."""
+    text = golden_model("sdpa").config.text_config
+    padding = torch.ones(2, num_new + cached + columns, dtype=torch.long)
+    padding[0, : (num_new + cached) // 2] = 0
+    places = torch.arange(cached, cached + num_new)
+    cache = cache_of(text, cached, 2)
+    got, past_length = causal_mask(text, as_on_a_gpu(num_new, 2), padding, cache, places[None], places)
+    want, _ = causal_mask(text, torch.zeros(2, num_new, 64), padding, cache, places[None], places)
+    assert past_length is None and got.shape == (2, 1, num_new, num_new + cached)
+    if want is None:
+        assert got.all()
+    else:
+        seen = want.any(-1, keepdim=True)  # transformers lets a row that sees nothing see something
+        assert torch.where(seen, got, False).equal(torch.where(got.any(-1, keepdim=True), want, False))
+
+
+def test_lengths_are_those_of_a_static_cache():
+    text = golden_model("sdpa").config.text_config
+    places = torch.arange(5, 8)
+    static = StaticCache(config=text, max_cache_len=48)
+    assert filled_lengths(static, places, 3).tolist() == [8, 8, 8]
+    assert filled_lengths(new_cache(text), places, 3) is None and filled_lengths(None, places, 3) is None
+
+
+def test_room_is_what_update_would_fill():
+    """The caller writes there itself, and the layer has grown."""
+    states = [torch.randn(2, 1, 3, width) for width in (32, 8)]
+    mine, other = LatentLayer(), LatentLayer()
+    for _ in range(200):
+        places, filled = mine.reserve(*states)
+        for place, new in zip(places, states, strict=True):
+            place.copy_(new)
+        for got, want in zip(filled, other.update(*states), strict=True):
+            assert got.equal(want)
+    assert mine.get_seq_length() == 600
+    text = golden_model("sdpa").config.text_config
+    assert reserve(None, 0, *states) is None and reserve(DynamicCache(), 0, *states) is None
+    assert reserve(new_cache(text), 0, *[new.requires_grad_() for new in states]) is None

@@ -20,7 +20,7 @@ from kimi.kimi_backends import LINEAR_ROWS, run_experts_cpu
 from kimi.kimi_experts import ExpertMatrices, run_experts
 from kimi.kimi_int4 import dequantize_int4, pack_int4
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
-from kimi.modeling_kimi import Linear, RMSNorm, apply_rotary, latent_attention
+from kimi.modeling_kimi import Linear, RMSNorm, apply_rotary, latent_attention, rms_norm
 
 compiled = pytest.mark.skipif(kimi_cpu.why_unavailable() is not None, reason=f"{kimi_cpu.why_unavailable()}")
 
@@ -849,7 +849,7 @@ def test_tensors_without_memory_are_left_to_torch():
     x, weight = (WithoutMemory(torch.zeros(shape, dtype=torch.bfloat16)) for shape in ((1, 64), (7, 64)))
     rest = [WithoutMemory(torch.zeros(1, 1, 2, 64, dtype=torch.bfloat16)) for _ in range(2)]
     assert kimi_backends.faster_linear(x, weight) is None and kimi_backends.faster_rotary(rest[0]) is None
-    assert kimi_backends.faster_rms_norm(x, x) is None
+    assert kimi_backends.faster_rms_norm(x, x, rms_norm) is None
     assert kimi_backends.faster_expanded_attention("sdpa", 0.0, *rest, *rest, 64, None) is None
     up = WithoutMemory(torch.zeros(1, 128, 64, dtype=torch.bfloat16))
     assert kimi_backends.faster_absorb("auto", rest[0], up, *rest, None, False) is None

@@ -1,7 +1,6 @@
 """The Triton experts against the plain reference, in fp64: under Triton's interpreter on a CPU, compiled on a GPU.
 
-What the interpreter cannot see, that kernels compile and without spilling registers, `test_kernels_compile` checks in a
-process of its own; triton brings its own assembler.
+What the interpreter cannot see, how kernels compile, is in `test_compile_ahead.py`.
 """
 
 import pytest
@@ -9,23 +8,30 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed (make test-kernels installs it)")
 
-from builders import assert_close, compile_without_a_gpu, skip_unless_interpretable  # noqa: E402
+from builders import assert_close, skip_unless_interpretable  # noqa: E402
 from kimi import kimi_int4_triton  # noqa: E402
 from kimi.kimi_experts import ExpertMatrices, run_experts  # noqa: E402
 from kimi.kimi_int4 import pack_int4  # noqa: E402
 from kimi.kimi_int4_triton import (  # noqa: E402
+    SELF_TEST_SHAPE,
+    Decode,
     DecodeBlocks,
+    Prefill,
     PrefillBlocks,
+    prefill_blocks,
     run_experts_decode,
     run_experts_prefill,
     run_experts_triton,
+    self_test_cases,
     sort_by_expert,
     to_paired,
     to_planes,
+    usable_prefill,
 )
 
 pytestmark = pytest.mark.kernels
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = Prefill(float("inf"), PrefillBlocks(16, 64, 8, 4, 2), PrefillBlocks(16, 64, 8, 4, 2))
 PATHS = [run_experts_decode, run_experts_prefill]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -39,11 +45,11 @@ def interpreter_works():
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks smaller than the sizes below and no divisors of them: loops run more than once, every edge is ragged."""
-    monkeypatch.setattr(kimi_int4_triton, "GATE_UP_DECODE", DecodeBlocks(64, 2, 1, 128))
-    monkeypatch.setattr(kimi_int4_triton, "DOWN_DECODE", DecodeBlocks(64, 2, 1, 128))
-    small = (float("inf"), PrefillBlocks(16, 64, 8, 4, 2), PrefillBlocks(16, 64, 8, 4, 2))
-    for table in ("PREFILL_FP32", "PREFILL_OTHER", "PREFILL_HOPPER"):
-        monkeypatch.setattr(kimi_int4_triton, table, (small,))
+    few = DecodeBlocks(64, 2, 1, 128)
+    monkeypatch.setattr(kimi_int4_triton, "DECODE", Decode(few, few))
+    for table in ("PREFILL_FP32", "PREFILL_OTHER"):
+        monkeypatch.setattr(kimi_int4_triton, table, (SMALL,))
+    monkeypatch.setattr(kimi_int4_triton, "PREFILL_BY_MAJOR", {})
 
 
 def random_matrices(experts, outputs, inputs, generator, scale_dtype=torch.bfloat16):
@@ -193,6 +199,47 @@ def test_repeats_bit_for_bit(path):
     assert torch.equal(path(*inputs, *matrices), path(*inputs, *matrices))
 
 
+# ---------------------------------------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize("major", [8, 9, 10, 12])
+def test_self_tests_choose_every_configuration(major, monkeypatch):
+    monkeypatch.undo()  # the blocks of the file
+    monkeypatch.setattr(kimi_int4_triton, "capability_major", lambda device: major)
+    experts, _, _, choices = SELF_TEST_SHAPE
+    x = torch.empty(0, dtype=torch.float16, device=DEVICE)
+    decode, *prefill = self_test_cases(x.device, x.dtype)
+    assert decode.rows <= kimi_int4_triton.DECODE_UP_TO and decode.key == (x.dtype, kimi_int4_triton.DECODE)
+    assert [case.key[1] for case in prefill] == usable_prefill(x.device, x.dtype)
+    for case in prefill:
+        assert case.rows > kimi_int4_triton.DECODE_UP_TO
+        assert prefill_blocks(case.rows * choices / experts, x) == case.key[1][1:]
+
+
+def test_unusable_configurations_are_skipped(monkeypatch):
+    device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
+    unusable = set()
+    monkeypatch.setattr(kimi_int4_triton, "UNUSABLE", {device: unusable})
+    monkeypatch.setattr(
+        kimi_int4_triton, "run_experts_decode", lambda *args: pytest.fail("decode is not usable")
+    )
+    inputs, matrices = batch(2), layer()
+    decode, *_ = self_test_cases(device, torch.float32)
+    unusable.add(decode.key)
+    check(run_experts_triton, inputs, matrices)
+    first, second = Prefill(2, *SMALL[1:]), Prefill(9, *SMALL[1:])
+    monkeypatch.setattr(kimi_int4_triton, "PREFILL_FP32", (first, second))
+    assert usable_prefill(device, torch.float32) == [first, second]
+    unusable.add((torch.float32, second))
+    assert usable_prefill(device, torch.float32) == [first]
+    assert prefill_blocks(100, inputs[0]) == first[1:]  # the last below is better than none
+    unusable.add((torch.float32, first))
+    with pytest.raises(
+        RuntimeError, match=r"no configuration of the Triton kernels for torch.float32 passed"
+    ):
+        run_experts_triton(*inputs, *matrices)
+
+
 # ---------------------------------------------------------------------------------------------------------- layouts
 
 
@@ -263,57 +310,6 @@ def test_no_host_sync(rows, monkeypatch):
     for name in ("__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     run_experts_triton(*inputs, *matrices)
-
-
-# ------------------------------------------------------------------------------------------------------ compiled code
-
-COMPILE = """
-import re, subprocess, sys, tempfile, os
-import torch, triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kimi import kimi_int4_triton as k
-
-def build(kernel, arch, warps, stages=3, registers=None, act="*bf16", **constants):
-    types = {"topk_ids": "*i64", "topk_weights": "*fp32", "output": "*bf16" if "DTYPE" in constants else "*fp32"}
-    for name in kernel.arg_names:
-        if name in constants: types[name] = "constexpr"
-        elif name in ("order", "tile_expert", "tile_first", "expert_ends", "gate", "up", "down"): types[name] = "*i32"
-        elif name.endswith("scale"): types[name] = "*bf16"
-        elif name in ("x", "hidden", "outputs"): types[name] = act
-        else: types.setdefault(name, "i32")
-    unaligned = ("K", "E", "magic", "scale_step")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-               if name not in constants and name not in unaligned}
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, {n: types[n] for n in kernel.arg_names}, places, aligned)
-    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
-    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return code
-
-arch = int(sys.argv[1])
-for kernel, blocks in ((k.gate_up_decode_kernel, k.GATE_UP_DECODE), (k.down_decode_kernel, k.DOWN_DECODE)):
-    code = build(kernel, arch, blocks.warps, registers=blocks.registers, act="*fp32", BLOCK_N=blocks.outputs,
-                 BLOCK_G=blocks.groups)
-    ptx = code.asm["ptx"]
-    assert "ld.global.v4" in ptx, "words are not read 16 bytes at a time"
-    assert "bar.sync" not in ptx, "threads exchange data"
-    print(kernel.__name__, "shared", code.metadata.shared)
-table = k.PREFILL_HOPPER if arch == 90 else k.PREFILL_OTHER
-for kernel, blocks in ((k.gate_up_prefill_kernel, table[-1][1]), (k.down_prefill_kernel, table[-1][2])):
-    code = build(kernel, arch, blocks.warps, blocks.stages, DTYPE=tl.bfloat16, PRECISION="tf32", EVEN=True,
-                 BLOCK_M=blocks.rows, BLOCK_N=blocks.outputs, BLOCK_W=blocks.words)
-    assert ("wgmma.mma_async" if arch == 90 else "mma.sync") in code.asm["ptx"], "no tensor cores"
-    limit = (227 if arch == 90 else 99) * 1024
-    assert code.metadata.shared <= limit, (kernel.__name__, code.metadata.shared)
-    print(kernel.__name__, "shared", code.metadata.shared)
-"""
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-def test_kernels_compile(arch, tmp_path):
-    """For bf16 at real sizes: words are read 16 bytes at a time, products use tensor cores, tiles fit shared memory."""
-    compile_without_a_gpu(COMPILE, arch, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ GPU only

@@ -251,10 +251,53 @@ def test_golden_24_gb_and_768_gb_of_ram():
     assert set(result.expert_tiers.values()) == {"ram"} and result.expert_pool_bytes == 60 * EXPERTS
     on_cpu = {path for path, device in result.device_map.items() if device == "cpu"}
     assert {"vision_tower", "mm_projector", "language_model.model.embed_tokens"} <= on_cpu
-    # Experts 60 * 8 * 24,772,632 = 11,890,863,360 from RAM at 460.8 GB/s: 25.8 ms. The other 21,095,653,376 from the
-    # GPU at an RTX 3090's 936 GB/s: 22.5 ms.
+    # Experts 60 * 8 * 24,772,632 = 11,890,863,360 from RAM over an RTX 3090's PCIe 4.0 at 31.5 GB/s: 377.5 ms. The other
+    # 21,095,653,376 from the GPU at its 936 GB/s: 22.5 ms.
     assert result.ceiling.bytes_per_step == {"gpu": 21_095_653_376, "ram": 11_890_863_360, "disk": 0}
-    assert result.ceiling.tokens_per_s == pytest.approx(1 / (0.0225381 + 0.0258048), rel=1e-4)
+    assert result.ceiling.bus_bytes_per_step == 11_890_863_360
+    assert result.ceiling.tokens_per_s == pytest.approx(1 / (0.0225381 + 0.3774877), rel=1e-4)
+
+
+def test_the_slower_of_ram_and_bus_bounds_experts_that_a_gpu_fetches():
+    """11,890,863,360 bytes at 63 GB/s (PCIe 5.0), and at 40 GB/s of slow RAM; the RTX 5090's own bytes at 1,792 GB/s."""
+    machine = {"gpus": "1x5090", "ram_bytes": 768 * GIB, "context": 16_384}
+    result = plan(FULL, **machine)
+    own = result.ceiling.bytes_per_step["gpu"]
+    experts = result.ceiling.bytes_per_step["ram"]
+    assert experts == result.ceiling.bus_bytes_per_step > 0 and gpu_of("5090").bus_bandwidth == 63e9
+    for arguments, rate in (
+        ({}, 63e9),
+        ({"bus_bandwidth": 20e9}, 20e9),
+        ({"ram_bandwidth": 40e9}, 40e9),
+        ({"ram_bandwidth": 40e9, "bus_bandwidth": 500e9}, 40e9),
+    ):
+        ceiling = plan(FULL, **machine, **arguments).ceiling
+        assert ceiling.tokens_per_s == pytest.approx(1 / (own / 1.792e12 + experts / rate)), arguments
+
+
+def test_experts_cross_the_bus_of_their_layers_gpu():
+    """Two GPUs of a kind, one of them on a slower bus: each layer is fetched at its own."""
+    slow, fast = (replace(gpu_of("5090"), bus_bandwidth=rate) for rate in (10e9, 50e9))
+    result = plan(FULL, [slow, fast], 768 * GIB, context=16_384)
+    seconds = result.ceiling.bytes_per_step["gpu"] / 1.792e12
+    for device, gpu in zip(result.devices[:2], (slow, fast), strict=True):
+        fetched = [idx for idx in device.layers if result.expert_tiers.get(idx) == "ram"]
+        assert fetched
+        seconds += len(fetched) * 8 * 24_772_632 / gpu.bus_bandwidth
+    assert result.ceiling.tokens_per_s == pytest.approx(1 / seconds)
+
+
+def test_without_gpus_nothing_crosses_a_bus():
+    result = plan(FULL, "none", 768 * GIB, bus_bandwidth=1.0)
+    assert result.ceiling.bus_bytes_per_step == 0 and result.ceiling.tokens_per_s > 10
+
+
+def test_a_machine_whose_ram_is_faster_alone_is_told():
+    """14.0 tokens/s by the CPU, 2.5 over PCIe 4.0; with a bus as fast as the RAM the GPU helps."""
+    said = "From RAM alone, computed by the CPU, the ceiling is 14 tokens/s: see --gpus none."
+    assert said in plan(FULL, "1x24GB", 768 * GIB, context=16_384).notes
+    assert said not in plan(FULL, "1x24GB", 768 * GIB, context=16_384, bus_bandwidth=500e9).notes
+    assert said not in plan(FULL, "8xH200", 768 * GIB, context=16_384).notes
 
 
 def test_golden_24_gb_and_768_gb_of_ram_at_full_context():
@@ -284,9 +327,9 @@ def test_golden_24_gb_and_128_gb_of_ram_and_nvme():
     assert ram.bytes["routed_experts"] == 13 * EXPERTS and disk.bytes == {"routed_experts": 47 * EXPERTS}
     assert result.expert_pool_bytes == 13 * EXPERTS + ram.bytes["expert_cache"] == 127_104_109_027
     assert list(result.expert_tiers.values()) == ["ram"] * 13 + ["disk"] * 47
-    # 47 * 8 * 24,772,632 = 9,314,509,632 at 7 GB/s: 1.331 s; 13 layers from RAM 5.6 ms; the GPU 22.5 ms
+    # 47 * 8 * 24,772,632 = 9,314,509,632 at 7 GB/s: 1.331 s; 13 layers from RAM over the bus 81.8 ms; the GPU 22.5 ms
     assert result.ceiling.bytes_per_step["disk"] == 9_314_509_632
-    assert result.ceiling.tokens_per_s == pytest.approx(1 / (1.330644 + 0.005591 + 0.022538), rel=1e-4)
+    assert result.ceiling.tokens_per_s == pytest.approx(1 / (1.330644 + 0.081789 + 0.022538), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -588,6 +631,7 @@ def test_several_kinds_of_gpu():
         (["--gpus", "8xH200", "--batch", "0"], "batch is 0; at least one sequence must be planned."),
         (["--gpus", "8xH200", "--dtype", "int8"], 'dtype "int8" is not one of bfloat16, float16, float32.'),
         (["--gpus", "8xH200", "--ram-bandwidth", "0"], "ram_bandwidth is 0.0 bytes/s; it must be positive."),
+        (["--gpus", "8xH200", "--bus-bandwidth", "0"], "bus_bandwidth is 0.0 bytes/s; it must be positive."),
         (["--gpus", "8xH200", "--config", "/nowhere"], "--config /nowhere has no config.json."),
     ],
 )
@@ -626,7 +670,10 @@ def test_plain_text(capsys):
     assert len({len(line) for line in lines[2:6]}) == 1
     assert "Experts: 13 layers in RAM, 47 layers on disk." in lines
     assert any(
-        line.startswith("Ceiling: 0.74 tokens/s (21.1 GB gpu, 2.6 GB ram, 9.3 GB disk") for line in lines
+        line.startswith(
+            "Ceiling: 0.7 tokens/s (21.1 GB gpu, 2.6 GB ram, 9.3 GB disk read per step of 1, 11.9 GB of it over PCIe)"
+        )
+        for line in lines
     )
     assert main(["--gpus", "4xH200"]) == 1
     out = capsys.readouterr().out

@@ -424,6 +424,21 @@ def test_state_dict_and_saving_give_the_published_bytes(folder, resident, one, t
     assert logits(Kimi.from_pretrained(tmp_path)).equal(logits(resident))
 
 
+def test_a_state_dict_is_not_made_of_another_file(own_folder, one):
+    """One that has taken the name since: the pool still reads the first, and bytes of two models would mix."""
+    model = Kimi.from_pretrained(own_folder, expert_cache=6 * one)
+    file = Path(file_of_expert(model))
+    data = bytearray(file.read_bytes())
+    data[-64:] = b"\xff" * 64
+    file.unlink()
+    file.write_bytes(data)
+    os.utime(file, ns=(0, 10**18))
+    with pytest.raises(
+        OSError, match=rf"experts\.0\.\S+ cannot be taken from \S+{file.name}: it is not the file"
+    ):
+        model.state_dict()
+
+
 def test_experts_of_a_pool_cannot_be_replaced(folder, resident, one):
     model = Kimi.from_pretrained(folder, expert_cache=6 * one)
     with pytest.raises(
@@ -467,6 +482,25 @@ def test_what_fits_is_read_once(folder, one):
     assert model.memory_report().bytes_read == read > 0
 
 
+def test_warming_waits_for_a_pass_that_uses_the_slots(folder, resident, one):
+    """Else it evicts experts between their reading and their use, and the pass multiplies with others."""
+    model, started = Kimi.from_pretrained(folder, expert_cache=TOP_K * one), threading.Event()
+    counts = Routing([1, 2], torch.ones(LAYERS, EXPERTS).long())
+
+    def warm():
+        started.set()
+        model.warm_experts(counts)
+
+    thread = threading.Thread(target=warm)
+    with model.expert_pool.lock:
+        thread.start()
+        started.wait(60)
+        thread.join(0.2)
+        assert thread.is_alive() and not cache_of(model).entries
+    thread.join()
+    assert len(cache_of(model).entries) == TOP_K and logits(model).equal(logits(resident))
+
+
 def test_routing_is_counted_saved_added_and_used_to_warm(folder, resident, one, tmp_path):
     with resident.collect_routing() as routing:
         logits(resident, SOME)
@@ -501,7 +535,7 @@ class Counted:
     def __init__(self):
         self.reads = []
 
-    def tasks(self, key, out):
+    def tasks(self, key, out, put):
         def fill():
             self.reads.append(key)
             out["x"].fill_(key[0] * 1000 + key[1])
@@ -580,11 +614,11 @@ def test_a_failed_read_frees_its_slot_once_and_is_tried_again():
     class Failing(Counted):
         broken = True
 
-        def tasks(self, key, out):
+        def tasks(self, key, out, put):
             def fail():
                 raise OSError(f"expert {key[1]}")
 
-            return [fail, *super().tasks(key, out)] if self.broken else super().tasks(key, out)
+            return [fail, *super().tasks(key, out, put)] if self.broken else super().tasks(key, out, put)
 
     cache = counted_cache(2, source=Failing())
     for _ in range(5):

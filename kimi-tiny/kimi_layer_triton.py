@@ -1,0 +1,1 @@
+../kimi_layer_triton.py

@@ -1,0 +1,127 @@
+"""How kernels of a GPU are tried before they are used: with stand-ins for them, and with themselves, interpreted."""
+
+import itertools
+
+import pytest
+import torch
+
+from builders import skip_unless_interpretable, small_config
+from kimi import kimi_gpu
+from kimi.kimi_gpu import FINDINGS, KERNEL_DTYPES, NOT_TRIED, SELF_TESTS, compare, prepare, why_not
+from kimi.modeling_kimi import PLAIN_CODE, KimiK25ForConditionalGeneration
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A process with triton and a card, on which nothing was tried; SELF_TESTS record what is asked of them."""
+    tried = []
+
+    def test_of(operation):
+        return lambda device, dtype, plain: tried.append((operation, str(device), dtype, plain))
+
+    monkeypatch.setattr(kimi_gpu, "NO_TRITON", None)
+    monkeypatch.setattr(kimi_gpu, "FINDINGS", {})
+    monkeypatch.setattr(kimi_gpu, "SELF_TESTS", {name: test_of(name) for name in PLAIN_CODE})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return tried
+
+
+def test_every_operation_has_plain_code_and_a_test():
+    assert PLAIN_CODE.keys() == SELF_TESTS.keys()
+
+
+def test_prepare_tries_each_operation_once_on_each_device(card):
+    for _ in range(2):
+        prepare(CUDA, torch.bfloat16, PLAIN_CODE)
+        prepare(torch.device("cuda", 1), torch.bfloat16, PLAIN_CODE)
+        prepare(torch.device("cpu"), torch.bfloat16, PLAIN_CODE)
+        prepare(CUDA, torch.int32, PLAIN_CODE)
+    assert card == [
+        (name, device, torch.bfloat16, plain)
+        for device, (name, plain) in itertools.product(("cuda:0", "cuda:1"), PLAIN_CODE.items())
+    ]
+    assert why_not("experts", CUDA, torch.bfloat16, PLAIN_CODE["experts"]) is None
+    assert len(card) == 2 * len(PLAIN_CODE)
+
+
+@pytest.mark.parametrize("while_", ["traced", "captured"])
+def test_nothing_is_tried_while_a_trace_or_a_graph_is_made(card, while_, monkeypatch):
+    if while_ == "traced":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    else:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert why_not("rms_norm", CUDA, torch.bfloat16, PLAIN_CODE["rms_norm"]) == NOT_TRIED and not card
+    kimi_gpu.FINDINGS["rms_norm", "cuda:0", torch.bfloat16] = None
+    assert why_not("rms_norm", CUDA, torch.bfloat16, PLAIN_CODE["rms_norm"]) is None and not card
+
+
+def test_whatever_a_test_raises_is_a_reason(card, monkeypatch, caplog):
+    def out_of_resources(device, dtype, plain):
+        raise RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 101376")
+
+    monkeypatch.setitem(kimi_gpu.SELF_TESTS, "experts", out_of_resources)
+    reason = why_not("experts", CUDA, torch.bfloat16, PLAIN_CODE["experts"])
+    assert reason == (
+        "its kernels fail on cuda:0 (RuntimeError: out of resource: shared memory, Required: 262144,"
+        " Hardware limit: 101376)"
+    )
+    assert f"experts runs in plain torch, slowly: triton is there, but {reason}" in caplog.text
+
+
+def test_a_configuration_that_fails_is_left_out(caplog):
+    """The others serve; not all of the operation falls back."""
+
+    class Case:
+        def __init__(self, name):
+            self.name = self.key = name
+
+    def run(case):
+        if case.name == "large":
+            raise ValueError("it spills")
+
+    unusable = set()
+    kimi_gpu.each_case(map(Case, ("small", "large")), unusable, CUDA, run)
+    assert unusable == {"large"} and "large is not used on cuda:0 (ValueError: it spills)" in caplog.text
+
+
+def test_a_model_is_prepared_when_it_moves(monkeypatch):
+    """So that no forward pass has to try a kernel."""
+    asked = []
+    monkeypatch.setattr("kimi.kimi_pretrained.prepare", lambda *given: asked.append(given))
+    model = KimiK25ForConditionalGeneration(small_config())
+    for move in (lambda: model.to("meta"), lambda: model.to(torch.bfloat16), model.half):
+        asked.clear()
+        move()
+        assert {(device, dtype) for device, dtype, _ in asked} == {
+            (parameter.device, parameter.dtype) for parameter in model.parameters()
+        }
+        assert all(plain is PLAIN_CODE for _, _, plain in asked)
+
+
+# --------------------------------------------------------------------------------------------------- kernels themselves
+
+
+@pytest.mark.kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", sorted(SELF_TESTS))
+def test_kernels_pass_their_own_test(operation, monkeypatch):
+    """Also where the caller's default device is another: numbers are drawn on the CPU."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        from kimi import kimi_layer_triton
+
+        skip_unless_interpretable(kimi_layer_triton)
+        monkeypatch.setattr(
+            kimi_gpu, "EXPERTS_SHAPE", (16, 64, 64, 8)
+        )  # interpreted, the real ones take minutes
+        monkeypatch.setattr(kimi_gpu, "ATTENTION_SHAPE", (1, 4, 64, 16))
+    dtypes = KERNEL_DTYPES if device.type == "cuda" else (torch.float32,)
+    torch.set_default_device("meta")
+    try:
+        for dtype in dtypes:
+            assert compare(operation, device, dtype, PLAIN_CODE[operation]) is None
+    finally:
+        torch.set_default_device(None)
+    assert not FINDINGS
