@@ -115,8 +115,8 @@ def experts_calls(device: Device) -> list[ExpertsCall]:
     for rows in range(1, most + 1):
         calls.append(ExpertsCall(f"decode {rows} rows", rows, bf16, FP32_LIMIT, k.run_experts_triton))
     for name in sorted(name for name in dir(k) if name.startswith("PREFILL_")):
-        dtype, below = torch.float32 if "FP32" in name else bf16, 0.0
-        for pairs, gate_up, down in getattr(k, name):
+        dtype, below, table = torch.float32 if "FP32" in name else bf16, 0.0, getattr(k, name)
+        for pairs, gate_up, down in table if isinstance(table, tuple) else ():
             per_expert = min(pairs, max(2 * below, 8.0))
             rows = min(max(round(per_expert * sizes.experts / sizes.choices), k.DECODE_UP_TO + 1), 4608)
             run = forced(k.run_experts_prefill, (gate_up, down))

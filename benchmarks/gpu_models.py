@@ -20,9 +20,11 @@ from gpu_report import Results, Skipped, require
 from PIL import Image
 from transformers import AutoProcessor, StaticCache
 
+from kimi import kimi_gpu
 from kimi.kimi_cache import CACHE
 from kimi.kimi_pool import ExpertPool
 from kimi.kimi_sizes import expert_bytes
+from kimi.modeling_kimi import PLAIN_CODE
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +112,8 @@ def check_tokens(
 def tiny(device: Device, results: Results) -> None:
     processor = processor_of()
     new = 6 if device.dry else 40
+    with results.check("kernels in use") as found:
+        kernels_in_use(device, found)
     batch, alone = prompts(processor, *QUESTIONS), [prompts(processor, question) for question in QUESTIONS]
     real = batch["attention_mask"].bool()  # what padding gives does not matter
     truth = load(device, "cpu", torch.float32)(**batch).logits[real]
@@ -143,6 +147,40 @@ def tiny(device: Device, results: Results) -> None:
             torch.manual_seed(seed)
             samples.append(card.generate(**moved(batch, card.device), max_new_tokens=new, do_sample=True))
         check_equal(samples[1], samples[0], "the same seed")
+
+
+def kernels_in_use(device: Device, found: dict[str, Any]) -> None:
+    """The self-tests that a model on a card begins with: which operations and configurations they refuse."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        kimi_gpu.prepare(device.device, dtype, dict[str, Any](PLAIN_CODE))
+    found["tried"] = len(kimi_gpu.FINDINGS)
+    found["refused"] = {str(key): reason for key, reason in kimi_gpu.FINDINGS.items() if reason}
+    names = ("UNUSABLE_ATTENTION", "UNUSABLE_EXPERTS")  # not there without triton
+    found["unusable"] = [
+        str(key) for name in names for keys in getattr(kimi_gpu, name, {}).values() for key in keys
+    ]
+    require(device.dry or found["tried"] > 0, "no self-test ran")
+    require(
+        not found["refused"] and not found["unusable"], f"refused: {found['refused'] or found['unusable']}"
+    )
+
+
+def compile_tiny(device: Device) -> None:
+    """For the processes that compile ahead: what kimi-tiny launches. Outputs are garbage, so no self-test may judge them."""
+    ids = torch.randint(0, 2000, (3, 40))
+    for dtype in (torch.bfloat16, torch.float32):
+        kimi_gpu.FINDINGS.update({(name, str(device.device), dtype): None for name in PLAIN_CODE})
+        model = load(device, "card", dtype)
+        for some in (ids, ids[:1]):
+            inputs = moved({"input_ids": some, "attention_mask": torch.ones_like(some)}, model.device)
+            cache = getattr(model(**inputs, use_cache=True), CACHE)
+            for new in (3, 1, 1):
+                mask = torch.ones(
+                    len(some), cache.get_seq_length() + new, dtype=torch.long, device=model.device
+                )
+                model(
+                    inputs["input_ids"][:, :new], past_key_values=cache, use_cache=True, attention_mask=mask
+                )
 
 
 def in_pieces(model: Kimi, ids: torch.Tensor) -> torch.Tensor:
@@ -283,12 +321,13 @@ def vision(device: Device, results: Results) -> None:
 
 
 def gpu_tests(device: Device, results: Results) -> None:
-    """`pytest -m gpu`; in a dry run they are collected and skipped."""
+    """`pytest -m gpu`; in a dry run those that no interpreter could run are collected, and skip themselves."""
     with results.check("pytest -m gpu") as found:
         if importlib.util.find_spec("pytest") is None:
             raise Skipped("pytest is not installed here")
         marked = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if is_marked(path)]
-        command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-m", "gpu"]
+        command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider"]
+        command += ["-m", "gpu and not kernels" if device.dry else "gpu"]
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         done = subprocess.run(
             [*command, *map(str, marked)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True

@@ -25,6 +25,7 @@ from gpu_kernels import (
     make_lengths,
     make_mask,
 )
+from gpu_models import compile_tiny
 from gpu_report import Results, append, read, require
 
 from kimi.kimi_experts import ExpertMatrices
@@ -102,8 +103,8 @@ def blocks_of(device: Device, problem: Problem) -> list[Any]:
     if problem.kind == "attention":
         make = attention_kernels(device).AttentionBlocks
         return [
-            make(queries=queries, keys=keys, warps=warps, stages=stages)
-            for stages, warps, queries, keys in itertools.product(
+            make(heads=heads, keys=keys, warps=warps, stages=stages)
+            for stages, warps, heads, keys in itertools.product(
                 (2, 1, 3), (8, 4), (64, 32, 16), (64, 32, 128, 16)
             )
         ]
@@ -209,7 +210,7 @@ def precompile(place: int, number: int, dry: bool) -> None:
 
 
 def needed(device: Device, calls: Calls) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The calls of the steps experts and attention."""
+    """The calls of the steps experts and attention, and those of kimi-tiny."""
     for experts in experts_calls(device):
         if experts.dtype == torch.bfloat16 and (
             experts.rows > 1 if "decode" in experts.name else experts.name[0] == "p"
@@ -230,6 +231,7 @@ def needed(device: Device, calls: Calls) -> Iterator[tuple[str, Callable[[], Any
             run(*inputs, make_mask(device, call), SCALING, lengths=make_lengths(device, call))
 
         yield f"attention: {attention.name}", call_attention
+    yield "kimi-tiny", lambda: compile_tiny(device)
 
 
 @contextlib.contextmanager

@@ -49,12 +49,12 @@ def random_model(device: Device) -> Kimi:
     """Filled with random weights on the device."""
     config = config_of_layers(device.sizes)
     with torch.device("meta"):
-        model = Kimi(config).bfloat16()
+        model: Any = Kimi(config).bfloat16()
     model.to_empty(device=device.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             fill(name, parameter)
-    return model.eval().requires_grad_(False)
+    return model.to(device.device).eval().requires_grad_(False)  # which tries the kernels on it
 
 
 def fill(name: str, tensor: torch.Tensor) -> None:

@@ -14,10 +14,15 @@ from kimi.modeling_kimi import hide
 
 
 class DecodeBlocks(NamedTuple):
-    outputs: int = 2
-    groups: int = 32
-    warps: int = 1
-    registers: int = 128
+    outputs: int
+    groups: int
+    warps: int
+    registers: int
+
+
+class Decode(NamedTuple):
+    gate_up: DecodeBlocks
+    down: DecodeBlocks
 
 
 class PrefillBlocks(NamedTuple):
@@ -29,7 +34,7 @@ class PrefillBlocks(NamedTuple):
 
 
 class AttentionBlocks(NamedTuple):
-    queries: int
+    heads: int
     keys: int
     warps: int
     stages: int
@@ -82,8 +87,7 @@ EXPERTS = SimpleNamespace(
     DECODE_UP_TO=16,
     DecodeBlocks=DecodeBlocks,
     PrefillBlocks=PrefillBlocks,
-    GATE_UP_DECODE=DecodeBlocks(),
-    DOWN_DECODE=DecodeBlocks(outputs=4),
+    DECODE=Decode(DecodeBlocks(2, 32, 1, 128), DecodeBlocks(4, 32, 1, 128)),
     PREFILL_HOPPER=TABLE,
     PREFILL_OTHER=TABLE,
     PREFILL_FP32=((math.inf, SMALL, SMALL),),
@@ -97,6 +101,5 @@ EXPERTS = SimpleNamespace(
 )
 ATTENTION = SimpleNamespace(
     AttentionBlocks=AttentionBlocks,
-    pick_blocks=lambda rows, like: AttentionBlocks(16, 16, 4, 1),
     latent_attention_triton=latent_attention,
 )

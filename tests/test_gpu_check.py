@@ -102,9 +102,9 @@ device = gpu_device.Device(dry=True)
 device.sizes = gpu_device.Sizes()
 calls = gpu_search.Calls(device, real=False)
 make = {
-    "gate_up_decode": kimi_int4_triton.GATE_UP_DECODE,
+    "gate_up_decode": kimi_int4_triton.DECODE.gate_up,
     "attention": kimi_attention_triton.AttentionBlocks(16, 32, 4, 2),
-    "prefill": (kimi_int4_triton.PREFILL_HOPPER[0][1], kimi_int4_triton.PREFILL_HOPPER[0][2]),
+    "prefill": kimi_int4_triton.PREFILL_HOPPER[0][1:],
 }
 with gpu_search.only_compiling(device):
     for kind, blocks in make.items():
