@@ -55,7 +55,7 @@ class Captured:
 
 class Device:
     def __init__(self, dry: bool):
-        self.dry = dry
+        self.dry = self.small = dry  # without a card; small sizes and few repeats
         if not dry:
             require(torch.cuda.is_available(), "torch sees no CUDA device; --dry runs without one")
             torch.cuda.init()
@@ -95,7 +95,7 @@ class Device:
 
     def memory(self) -> dict[str, float]:
         if self.dry:
-            return {"peak_gb": 0.0}
+            return {"peak_gb": 0.0, "dry": True}
         free, total = torch.cuda.mem_get_info()
         return {
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9,

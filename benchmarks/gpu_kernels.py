@@ -37,19 +37,19 @@ def ceilings(device: Device, results: Results) -> None:
     clock = device.clock(1.0)
     with results.check("copy rate") as found:
         source = torch.empty(
-            2**16 if device.dry else 2**31, dtype=torch.uint8, device=device.device
+            2**16 if device.small else 2**31, dtype=torch.uint8, device=device.device
         ).random_()
         target = torch.empty_like(source)
         seconds, runs = clock.median(lambda: target.copy_(source), cold=False)
         check_equal(target, source, "the copy")
         found.update(measured=True, gb_per_s=2 * source.numel() / seconds / 1e9, runs=runs)
     with results.check("bf16 product rate") as found:
-        n = 64 if device.dry else 8192
+        n = 64 if device.small else 8192
         a, b = device.normal(n, n), device.normal(n, n)
         seconds, runs = clock.median(lambda: a @ b, cold=False)
         found.update(measured=True, tflop_per_s=2 * n**3 / seconds / 1e12, runs=runs)
     with results.check("launch cost") as found:
-        small, many = torch.zeros(1024, device=device.device), 20 if device.dry else 1000
+        small, many = torch.zeros(1024, device=device.device), 20 if device.small else 1000
 
         def launches() -> None:
             for _ in range(many):
@@ -111,7 +111,7 @@ def experts_calls(device: Device) -> list[ExpertsCall]:
     """Every number of rows of decode, and every row of every table of prefill: forced, and as it is chosen."""
     k, sizes, calls = experts_kernels(device), device.sizes, []
     bf16 = torch.bfloat16
-    most = 2 if device.dry else k.DECODE_UP_TO
+    most = 2 if device.small else k.DECODE_UP_TO
     for rows in range(1, most + 1):
         calls.append(ExpertsCall(f"decode {rows} rows", rows, bf16, FP32_LIMIT, k.run_experts_triton))
     for name in sorted(name for name in dir(k) if name.startswith("PREFILL_")):
@@ -123,11 +123,11 @@ def experts_calls(device: Device) -> list[ExpertsCall]:
             what = f"{name} up to {pairs} pairs, {rows} rows"
             calls.append(ExpertsCall(what, rows, dtype, LIMITS[dtype], run))
             below = pairs
-    chosen = (17,) if device.dry else (17, 64, 576, 577, 1152, 1153, 2304, 2305, 4096, 8193)
+    chosen = (17,) if device.small else (17, 64, 576, 577, 1152, 1153, 2304, 2305, 4096, 8193)
     for rows in chosen:
         calls.append(ExpertsCall(f"prefill {rows} rows", rows, bf16, BF16_LIMIT, k.run_experts_triton))
     for dtype in (torch.float16, torch.float32):
-        few, many = (2, 17) if device.dry else (4, 64)
+        few, many = (2, 17) if device.small else (4, 64)
         calls.append(ExpertsCall(f"decode {few} rows {dtype}", few, dtype, FP32_LIMIT, k.run_experts_triton))
         what = f"prefill {many} rows {dtype}"
         calls.append(ExpertsCall(what, many, dtype, LIMITS[dtype], k.run_experts_triton))
@@ -154,10 +154,10 @@ def experts(device: Device, results: Results) -> None:
             rows = sorted({0, call.rows - 1, *(draw.randrange(call.rows) for _ in range(3))})
             want = torch.stack([exact_row(x[row], ids[row], weights[row], layer) for row in rows])
             check_error(found, got[rows], want, call.limit)
-            for _ in range(1 if device.dry else 2):
+            for _ in range(1 if device.small else 2):
                 check_equal(call.run(x, ids, weights, *layer), got, "a repeated run")
     with results.check("a few experts get all rows") as found:
-        number = 20 if device.dry else 600
+        number = 20 if device.small else 600
         x, ids, weights = device.batch(number, sizes.experts)
         ids.copy_(ids[:1].expand_as(ids).clone())
         with device.poisoned():
@@ -202,7 +202,7 @@ class AttentionCall(NamedTuple):
 
 def attention_calls(device: Device) -> list[AttentionCall]:
     """Not all combinations: each compiles a kernel of its own."""
-    if device.dry:
+    if device.small:
         plain = [AttentionCall(new, total) for new in (1, 2) for total in (1, 17)]
         masked = [AttentionCall(2, 33, 2, mask) for mask in ("bool", "float", "row", "row float")]
         other = [AttentionCall(1, 33, 1, "none", dtype) for dtype in (torch.float32, torch.float16)]
@@ -305,7 +305,7 @@ def graph_cases(device: Device) -> Iterator[tuple[str, Callable[[], Any], Callab
     sizes, k = device.sizes, experts_kernels(device)
     few = min(sizes.experts, 64)
     layer = device.layer(few)
-    for rows in (1, 17) if device.dry else (1, 16, 64, 600):
+    for rows in (1, 17) if device.small else (1, 16, 64, 600):
         batch = device.batch(rows, few)
 
         def other_routing(batch: Any = batch, rows: int = rows) -> None:
@@ -314,7 +314,7 @@ def graph_cases(device: Device) -> Iterator[tuple[str, Callable[[], Any], Callab
                 old.copy_(new)
 
         yield f"experts {rows} rows", functools.partial(k.run_experts_triton, *batch, *layer), other_routing
-    call = AttentionCall(1, 33 if device.dry else 3001, 2)
+    call = AttentionCall(1, 33 if device.small else 3001, 2)
     inputs = attention_inputs(device, call, device.normal)
     lengths = torch.tensor([call.total // 3, call.total // 2], device=device.device)
     run = attention_kernels(device).latent_attention_triton
@@ -330,7 +330,7 @@ def graphs(device: Device, results: Results) -> None:
     for name, call, change in graph_cases(device):
         with results.check(f"graph of {name}"):
             captured = device.graph(call)
-            for _ in range(1 if device.dry else 3):
+            for _ in range(1 if device.small else 3):
                 change()
                 captured.replay()
                 check_equal(captured.output, call(), "the replay against a call")
@@ -355,7 +355,7 @@ def two_streams(device: Device, call: Callable[[], Any], change: Callable[[], No
     want = [tensor.clone() for tensor in tensors_of(call())]
     device.synchronize()
     streams, outputs = device.streams(2), []
-    for _ in range(1 if device.dry else 20):
+    for _ in range(1 if device.small else 20):
         for stream in streams:
             with device.on(stream):
                 outputs.append(call())

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,7 +112,7 @@ def check_tokens(
 @torch.no_grad()
 def tiny(device: Device, results: Results) -> None:
     processor = processor_of()
-    new = 6 if device.dry else 40
+    new = 6 if device.small else 40
     with results.check("kernels in use") as found:
         kernels_in_use(device, found)
     batch, alone = prompts(processor, *QUESTIONS), [prompts(processor, question) for question in QUESTIONS]
@@ -218,10 +219,10 @@ def cache_options(model: Kimi, kind: str, length: int, dry: bool) -> dict[str, A
 def pool(device: Device, results: Results) -> None:
     """A pool that holds 6 of 48 experts, filled from RAM or from the files, against all experts on the card."""
     processor = processor_of()
-    inputs, new = prompts(processor, QUESTIONS[0]), 4 if device.dry else 24
+    inputs, new = prompts(processor, QUESTIONS[0]), 4 if device.small else 24
     resident = load(device, "card", torch.bfloat16)
     ids = inputs["input_ids"].to(device.device)
-    long = ids.repeat(1, 2 if device.dry else 8)
+    long = ids.repeat(1, 2 if device.small else 8)
     own, logits = greedy(resident, inputs, new)
     size = 6 * expert_bytes(resident.config.text_config)
     where: dict[str, Any] = {} if device.dry else {"device_map": {"": "cuda:0"}}
@@ -245,7 +246,7 @@ def pool(device: Device, results: Results) -> None:
             check_tokens(found, greedy(model, inputs, new)[0], own, logits, BF16_GAP)
         with results.check(f"{tier}: on a side stream") as found:
             want, want_long = resident(ids[:, :1]).logits, model(long).logits
-            for _ in range(1 if device.dry else 5):
+            for _ in range(1 if device.small else 5):
                 (stream,) = device.streams(1)
                 with device.on(stream):  # slots change owners while products of the pass are still waiting
                     got_long = model(long).logits
@@ -325,20 +326,37 @@ def gpu_tests(device: Device, results: Results) -> None:
     with results.check("pytest -m gpu") as found:
         if importlib.util.find_spec("pytest") is None:
             raise Skipped("pytest is not installed here")
-        marked = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if is_marked(path)]
-        command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider"]
-        command += ["-m", "gpu and not kernels" if device.dry else "gpu"]
+        marked = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if is_marked(path)]
+        command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider"]
+        command += ["-m", "gpu and not kernels" if device.dry else "gpu", *marked]
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        done = subprocess.run(
-            [*command, *map(str, marked)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-        )
-        print(done.stdout)
-        lines = done.stdout.splitlines()
+        code, lines = run_in(command, environment, results.left() - 5)
+        ends = [line.partition(" ") for line in lines if "::" in line and line.startswith("tests")]
+        for word in ("PASSED", "SKIPPED", "FAILED", "ERROR"):
+            found[word.lower()] = sum(end.startswith(word) for _, _, end in ends)
+        found["not_passed"] = [name for name, _, end in ends if end.startswith(("FAILED", "ERROR"))]
         found["last"] = lines[-1] if lines else ""
-        found["not_passed"] = [line[:200] for line in lines if line.startswith(("FAILED", "ERROR"))]
-        found["passed"] = sum(line.startswith("PASSED") for line in lines)
         # 5: nothing was collected, as where triton is missing.
-        require(done.returncode in ((0, 5) if device.dry else (0,)), f"pytest ended with {done.returncode}")
+        require(
+            code in ((0, 5) if device.dry else (0,)), f"pytest ended with {code}; None: its time was over"
+        )
+
+
+def run_in(command: list[str], environment: dict[str, str], limit_s: float) -> tuple[int | None, list[str]]:
+    """The return code, None if it took too long, and what was printed until then, which also goes to the log."""
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            process.wait(max(limit_s, 1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        code = process.poll()
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    print(text)
+    return code, text.splitlines()
 
 
 def is_marked(path: Path) -> bool:
@@ -351,7 +369,7 @@ def is_marked(path: Path) -> bool:
 @torch.no_grad()
 def static(device: Device, results: Results) -> None:
     """generate(cache_implementation="static"), for which transformers compiles the model by itself on a card."""
-    inputs, new = prompts(processor_of(), QUESTIONS[0]), 4 if device.dry else 32
+    inputs, new = prompts(processor_of(), QUESTIONS[0]), 4 if device.small else 32
     model = load(device, "card", torch.bfloat16)
     want, logits = greedy(model, inputs, new)
     cases: list[tuple[str, dict[str, Any]]] = [

@@ -26,7 +26,7 @@ from gpu_kernels import (
     make_mask,
 )
 from gpu_models import compile_tiny
-from gpu_report import Results, append, read, require
+from gpu_report import Results, Skipped, append, read, require
 
 from kimi.kimi_experts import ExpertMatrices
 
@@ -62,7 +62,7 @@ def short(blocks: Any) -> str:
 
 
 def problems(device: Device) -> list[Problem]:
-    if device.dry:
+    if device.small:
         kinds = ("gate_up_decode", "down_decode", "prefill")
         return [*(Problem(kind, 2 if "decode" in kind else 17) for kind in kinds), Problem("attention", 33)]
     return [
@@ -85,14 +85,14 @@ def candidates(device: Device) -> list[Candidate]:
     each = [[Candidate(problem, blocks) for blocks in blocks_of(device, problem)] for problem in todo]
     mixed = [one for level in itertools.zip_longest(*each) for one in level if one is not None]
     found = [*(Candidate(problem, None) for problem in todo), *dict.fromkeys(mixed)]
-    return found[: len(todo) + 5] if device.dry else found
+    return found[: len(todo) + 5] if device.small else found
 
 
 def blocks_of(device: Device, problem: Problem) -> list[Any]:
     """By what the compiled code of each was like: few registers and many warps first, odd shapes last."""
     if problem.kind.endswith("_decode"):
         make = experts_kernels(device).DecodeBlocks
-        if device.dry:
+        if device.small:
             return [make(outputs, 32, 1, 128) for outputs in (32, 16)]
         return [
             make(outputs=outputs, groups=32 * warps, warps=warps, registers=registers)
@@ -295,7 +295,7 @@ def search(device: Device, results: Results) -> None:
         name = one.name
         with results.check(name) as found:
             call = calls.of(one)
-            got = call().clone()
+            got = first_output(device, one, call)
             if one.blocks is None:
                 wants[one.problem] = got
             error = row_error(got, wants[one.problem])
@@ -316,6 +316,19 @@ def search(device: Device, results: Results) -> None:
             blocks=name,
         )
     results.add("candidates", True, **counted)
+
+
+def first_output(device: Device, one: Candidate, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    try:
+        got = call().clone()
+        device.synchronize()
+    except Exception as error:
+        device.recover()  # ends the step if the device is lost
+        if one.blocks is None:
+            raise
+        # More shared memory or registers than there are: as good as slow.
+        raise Skipped(f"does not run: {type(error).__name__}: {str(error)[:200]}") from error
+    return got
 
 
 def next_compiled(left: list[Candidate], results: Results) -> Candidate | None:

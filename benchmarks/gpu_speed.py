@@ -90,13 +90,13 @@ def layers(device: Device, results: Results) -> None:
         finally:
             decoder.layers = every
 
-    depth = 40 if device.dry else 4096
+    depth = 40 if device.small else 4096
     vocabulary = model.config.text_config.vocab_size - 300
     cases: list[tuple[str, Callable[[], float]]] = [
         ("decode, eager", lambda: eager_decode(device, model, clock, depth, vocabulary)),
         ("decode, one graph", lambda: graph_decode(device, model, depth, vocabulary)[0]),
     ]
-    for length in (17,) if device.dry else (512, 4096):
+    for length in (17,) if device.small else (512, 4096):
         cases.append((f"prefill of {length}", prefill_of(device, model, clock, length, vocabulary)))
     for name, measure in cases:
         with results.check(name) as found:
@@ -210,11 +210,11 @@ def bench_experts_step(device: Device, results: Results) -> None:
         **bench_experts.BACKENDS,
         "triton": lambda: k.run_experts_triton,
     }
-    rows = (1, 17) if device.dry else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+    rows = (1, 17) if device.small else (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
     cases = [(number, "triton") for number in rows]
     cases += [(number, "prefill") for number in rows if number <= 16]
-    cases += [(1, "decode")] if device.dry else [(number, "decode") for number in (32, 64)]
-    rivals = ((1, "reference"), (1, "bmm")) if device.dry else RIVALS
+    cases += [(1, "decode")] if device.small else [(number, "decode") for number in (32, 64)]
+    rivals = ((1, "reference"), (1, "bmm")) if device.small else RIVALS
     for number, name in results.within([*cases, *rivals], reserve_s=4.0):
         with results.check(f"{name}, {number} rows") as found:
             batch = device.batch(number, sizes.experts)
@@ -247,10 +247,10 @@ RIVALS = (
 @torch.no_grad()
 def bench_mla_step(device: Device, results: Results) -> None:
     clock, heads = device.clock(0.3), device.sizes.heads
-    depths = (64,) if device.dry else (1024, 4096, 16384, 65536, 131072)
-    batches = (1, 2) if device.dry else (1, 4, 16)
+    depths = (64,) if device.small else (1024, 4096, 16384, 65536, 131072)
+    batches = (1, 2) if device.small else (1, 4, 16)
     cases = [("triton", depth, batch) for depth in depths for batch in batches]
-    rivals = (("sdpa", 64, 1), ("eager", 64, 1)) if device.dry else MLA_RIVALS
+    rivals = (("sdpa", 64, 1), ("eager", 64, 1)) if device.small else MLA_RIVALS
     kernel = attention_kernels(device).latent_attention_triton
     scaling = bench_attention.SCALING
     for name, depth, batch in results.within([*cases, *rivals]):
@@ -269,7 +269,7 @@ def bench_mla_step(device: Device, results: Results) -> None:
     config = KimiK25Config().text_config
     config.num_attention_heads, config._attn_implementation = heads, "sdpa"
     module = MLA(config, 0).to(device.device, torch.bfloat16).eval()
-    crossings = [(64, 2)] if device.dry else [(s, t) for s in (512, 8192) for t in (1, 8, 32, 64, 128, 256)]
+    crossings = [(64, 2)] if device.small else [(s, t) for s in (512, 8192) for t in (1, 8, 32, 64, 128, 256)]
     for cached, new in results.within(crossings):
         with results.check(f"absorb or expand, {new} new of {cached + new}") as found:
             absorb_or_expand(device, clock, module, cached, new, found)
@@ -302,7 +302,7 @@ def absorb_or_expand(
 
 def transfer(device: Device, results: Results) -> None:
     """Experts from RAM to the card: pinned by torch, registered, and pageable; beside products; what pinning costs."""
-    one, number = (2**12, 3) if device.dry else (24_772_608, 24)  # bytes of a published expert
+    one, number = (2**12, 3) if device.small else (24_772_608, 24)  # bytes of a published expert
     slots = torch.empty(number, one, dtype=torch.uint8, device=device.device)
     clock = device.clock(1.0)
     with results.check("memory that pinning takes") as found:
@@ -365,12 +365,12 @@ def copy_rate(device: Device, clock: Any, source: torch.Tensor, slots: torch.Ten
 
 def beside_products(device: Device, clock: Any, source: torch.Tensor, slots: torch.Tensor) -> dict[str, Any]:
     """Seconds of products alone, of copies alone, and of both on two streams."""
-    n = 64 if device.dry else 4096
+    n = 64 if device.small else 4096
     a, b = device.normal(n, n), device.normal(n, n)
     (side,) = device.streams(1)
 
     def products() -> None:
-        for _ in range(2 if device.dry else 150):
+        for _ in range(2 if device.small else 150):
             a @ b
 
     def copies() -> None:

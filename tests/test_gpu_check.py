@@ -1,12 +1,15 @@
 """The GPU check without a GPU: its dry run, steps that hang, abort or raise, the deadline, signals, and what it keeps."""
 
 import importlib
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -231,6 +234,122 @@ def test_a_signal_ends_the_steps_and_the_summary_still_comes(tmp_path):
 def test_an_unknown_step_is_refused(tmp_path):
     done = run_dry(tmp_path / "out", "expert")
     assert done.returncode and "no step expert; there are ceilings, experts" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------- what only a card would run
+
+
+class Fake:
+    """Of torch.cuda: streams, events and graphs that do nothing."""
+
+    def __init__(self, **options):
+        assert options.keys() <= {"enable_timing"}
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1.0
+
+    def wait_stream(self, stream):
+        assert isinstance(stream, Fake)
+
+    def replay(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.fixture
+def card(module, monkeypatch):
+    """A device that is not dry, of small sizes, whose tensors are in RAM; functions of torch.cuda keep their signatures."""
+    for name in ("Stream", "Event", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, Fake)
+    for name, value in {
+        "graph": Fake(),
+        "stream": Fake(),
+        "current_stream": Fake(),
+        "synchronize": None,
+        "empty_cache": None,
+        "init": None,
+        "is_available": True,
+        "set_sync_debug_mode": None,
+        "mem_get_info": (5 * 10**9, 10**10),
+        "max_memory_allocated": 10**9,
+        "get_device_capability": (9, 0),
+        "get_device_properties": SimpleNamespace(
+            name="Fake", multi_processor_count=132, total_memory=10**10, L2_cache_size=10**6
+        ),
+        "host_memory_stats": {"allocated_bytes.current": 2**20, "num_host_alloc": 3},
+        "cudart": SimpleNamespace(
+            cudaHostRegister=lambda address, size, flags: 0, cudaHostUnregister=lambda address: 0
+        ),
+    }.items():
+        original = getattr(torch.cuda, name)
+        fake = mock.create_autospec(original, return_value=value)
+        if isinstance(original, type):  # graph, which is a class
+            fake = mock.Mock(side_effect=lambda *given, **named: Fake())
+            inspect.signature(original).bind(Fake())
+        monkeypatch.setattr(torch.cuda, name, fake)
+    gpu_device, profile = module("gpu_device"), torch.profiler.profile
+    # Of a build without CUDA it takes 20 seconds to find that out.
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile(activities=activities[:1]))
+    monkeypatch.setattr(
+        module("bench_experts").Clock, "median", lambda self, call, cold=True: (call(), (1e-3, 3))[1]
+    )
+    monkeypatch.setattr(
+        gpu_device.Device, "pinned", lambda self, *shape: torch.empty(shape, dtype=torch.uint8)
+    )
+    device = gpu_device.Device(dry=True)
+    for name in ("gpu_kernels", "gpu_speed", "gpu_search"):
+        for kind in ("experts", "attention"):
+            if hasattr(module(name), f"{kind}_kernels"):
+                plain = getattr(module("gpu_stand_in"), kind.upper())
+                monkeypatch.setattr(module(name), f"{kind}_kernels", lambda device, plain=plain: plain)
+    device.dry = False
+    return device
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "gpu_kernels:ceilings",
+        "gpu_kernels:graphs",
+        "gpu_speed:layers",
+        "gpu_speed:bench_experts_step",
+        "gpu_speed:bench_mla_step",
+        "gpu_speed:transfer",
+    ],
+)
+def test_the_lines_for_a_card_run_on_a_fake_one(card, module, tmp_path, step):
+    """It tells nothing of CUDA; but a step does not end on a card for a name that is misspelt."""
+    name, _, function = step.partition(":")
+    results = module("gpu_report").Results(tmp_path / "results.jsonl", "some", 600, card.recover)
+    getattr(module(name), function)(card, results)
+    results.add("memory", **card.memory())
+    lines = lines_of(tmp_path)
+    # A graph that records nothing replays nothing, and the profiler sees no kernel.
+    wrong = [
+        line for line in lines if not line["ok"] and not line["check"].startswith(("graph of", "no wait in"))
+    ]
+    assert not wrong and len(lines) > 3, wrong
+
+
+def test_waits_are_refused_only_inside(card):
+    with pytest.raises(RuntimeError, match="planted"), card.refuse_waits():
+        raise RuntimeError("planted")
+    modes = [call.args[0] for call in torch.cuda.set_sync_debug_mode.call_args_list]
+    assert modes == ["error", "default"]
+
+
+def test_a_device_that_answers_no_more_is_lost(card, module):
+    torch.cuda.synchronize.side_effect = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(module("gpu_report").Poisoned, match="lost after this error: CUDA error: an illegal"):
+        card.recover()
 
 
 # -------------------------------------------------------------------------------------------------------------- results
