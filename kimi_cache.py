@@ -253,7 +253,7 @@ def filled_lengths(
     its capacity."""
     if cache is None or cache_position is None or not isinstance(next(iter(cache.layers), None), StaticLayer):
         return None
-    return (cache_position[-1:] + 1).expand(batch)
+    return (cache_position[-1:] + 1).repeat(batch)  # kernels read it as B numbers side by side
 
 
 def made_by_transformers(

@@ -115,8 +115,9 @@ class KimiPretrainedMixin(Base):
         return result
 
     def _prepare_devices(self) -> None:
-        used = {(parameter.device, parameter.dtype) for parameter in self.parameters()}
-        for device, dtype in used:
+        # Not every parameter: the routers' biases are fp32, scales keep their dtype.
+        matrices = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        for device, dtype in {(matrix.device, matrix.dtype) for matrix in matrices}:
             prepare(device, dtype, self.plain_code)
 
     @classmethod

@@ -45,7 +45,7 @@ experts = importlib.import_module("kimi.kimi_int4_triton")
 EXPERTS, WIDTH, INNER, CHOICES = 384, 7168, 2048, 8  # config.json's
 HEADS, LATENT, ROPE = 64, 512, 64
 LONGEST = 262144
-TOKENS = (1, 4, 16, 64, 1024, 4096)
+TOKENS = (1, 4, 16, 64, 1024, 2048, 4096)
 KERNELS = {
     experts: ("gate_up_decode", "down_decode", "gate_up_prefill", "down_prefill", "combine"),
     attention: ("partial", "merge"),
@@ -263,6 +263,14 @@ def launches(arch: int) -> list[Launch]:
         for new, mask in ((1, "none"), (1, "padding"), (8, "none"), (8, "rows")):
             what.append(f"{new} new, mask {mask}")
             call_attention(new, 8200, mask, capacity=9000)
+        what.append("1 new, lengths")
+        call_attention(1, 8200, lengths=True)
+        device = torch.device("meta")
+        with mock.patch.dict(attention.UNUSABLE):
+            for case in attention.self_test_cases(device, torch.bfloat16):
+                what.append("fallback")
+                call_attention(case.num_new, 8200)
+                attention.UNUSABLE.setdefault(device, set()).add(case.key)
         what.append("fp32")
         call_experts(1, dtype=torch.float32)
         call_experts(64, dtype=torch.float32)

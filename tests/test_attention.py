@@ -4,6 +4,13 @@ import math
 
 import pytest
 import torch
+from accelerate.hooks import (
+    AlignDevicesHook,
+    ModelHook,
+    SequentialHook,
+    add_hook_to_module,
+    remove_hook_from_module,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +21,10 @@ from kimi.kimi_backends import (
     heads_at_once,
     latent_attention_sdpa,
     queries_at_once,
+    workspace_bytes,
 )
 from kimi.kimi_cache import new_cache, readable_mask
+from kimi.kimi_sizes import LARGEST_WORKSPACE_BYTES, WORKSPACE_BYTES
 from kimi.modeling_kimi import MLA, RotaryEmbedding, latent_attention, yarn_inv_freq
 
 
@@ -155,6 +164,72 @@ def test_a_small_workspace_changes_nothing(path, attn, limit, expected, monkeypa
     assert parts == expected
     # Other shapes of a product may be summed in another order.
     assert_close(got, want, 2e-5, "the same sums in parts, fp32, outputs near 10")
+
+
+def test_a_gpu_gives_its_free_memory_to_the_workspace(monkeypatch):
+    """A quarter of what is free or cached by torch, within limits; at 131,072 tokens a chunk is three calls, not 64."""
+    gpu, free = torch.device("cuda", 0), {}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["driver"], 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: free["torch"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    for driver, by_torch, expected in (
+        (0, 0, WORKSPACE_BYTES),
+        (2 * 2**30, 2 * 2**30, 2**30),
+        (60 * 2**30, 0, LARGEST_WORKSPACE_BYTES),
+    ):
+        free.update(driver=driver, torch=by_torch)
+        assert workspace_bytes(gpu) == expected and workspace_bytes(torch.device("cpu")) == WORKSPACE_BYTES
+    latent = torch.empty(1, 1, 131072, 512, dtype=torch.bfloat16, device="meta")
+    assert heads_at_once(latent, 64, 640) == 1
+    monkeypatch.setattr(kimi_backends, "workspace_bytes", lambda device: LARGEST_WORKSPACE_BYTES)
+    assert -(-64 // heads_at_once(latent, 64, 640)) == 3
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert workspace_bytes(gpu) == WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize("path", ["expand", "absorb-eager", "absorb-sdpa"])
+@pytest.mark.parametrize("limit", [1, 2**30])
+def test_how_many_keys_come_before_is_as_good_as_a_mask(path, limit, monkeypatch):
+    """A chunk of a prompt behind cached tokens, whole or in parts."""
+    monkeypatch.setattr(kimi_backends, "WORKSPACE_BYTES", limit)
+    module, x = mla(path, "sdpa"), torch.randn(2, 12, 64)
+    angles = RotaryEmbedding(module.config)(torch.arange(12).expand(2, -1))
+    outputs = []
+    for how in ({"attention_mask": causal(12, 5)}, {"past_length": 7}):
+        cache = new_cache(module.config)
+        with torch.no_grad():
+            module(x[:, :7], tuple(t[:, :7] for t in angles), causal(7, 7), cache)
+            outputs.append(module(x[:, 7:], tuple(t[:, 7:] for t in angles), past_key_values=cache, **how)[0])
+    assert_close(outputs[1], outputs[0], 1e-6, "the same sums")
+
+
+def test_up_projections_are_the_weight_unless_something_replaces_the_product():
+    """A hook of a device map only moves inputs; one that offloads brings the weight only while the module runs."""
+    module, latent = mla("absorb", "sdpa"), torch.zeros(1, 1, 3, 32)
+    calls = []
+    module.kv_b_proj.register_forward_hook(lambda *given: calls.append(given))
+
+    def is_weight():
+        calls.clear()
+        is_view = module.up_projections(latent).data_ptr() == module.kv_b_proj.weight.data_ptr()
+        assert is_view != bool(calls)
+        return is_view
+
+    assert is_weight()
+    add_hook_to_module(module.kv_b_proj, AlignDevicesHook(execution_device="cpu"))
+    assert is_weight()
+    add_hook_to_module(module.kv_b_proj, AlignDevicesHook(execution_device="cpu"), append=True)
+    assert type(module.kv_b_proj._hf_hook) is SequentialHook and is_weight()
+    add_hook_to_module(module.kv_b_proj, ModelHook(), append=True)
+    assert not is_weight(), "what this hook does is not known"
+    remove_hook_from_module(module.kv_b_proj)
+    weight = module.kv_b_proj.weight.clone()
+    offloading = AlignDevicesHook(execution_device="cpu", offload=True, weights_map={"weight": weight})
+    add_hook_to_module(module.kv_b_proj, offloading)
+    assert module.kv_b_proj.weight.is_meta and not is_weight()
+    want = weight.unflatten(0, (module.num_heads, -1))
+    assert_close(module.up_projections(latent), want, 0, "one factor of each sum is 1, the others 0")
 
 
 def test_workspace_at_full_size():

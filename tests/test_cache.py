@@ -403,7 +403,8 @@ def test_lengths_are_those_of_a_static_cache():
     text = golden_model("sdpa").config.text_config
     places = torch.arange(5, 8)
     static = StaticCache(config=text, max_cache_len=48)
-    assert filled_lengths(static, places, 3).tolist() == [8, 8, 8]
+    lengths = filled_lengths(static, places, 3)
+    assert lengths.tolist() == [8, 8, 8] and lengths.is_contiguous()
     assert filled_lengths(new_cache(text), places, 3) is None and filled_lengths(None, places, 3) is None
 
 

@@ -7,6 +7,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.generation.streamers import BaseStreamer
 
 from builders import assert_close, golden_model, small_config
+from kimi.kimi_cpu import why_unavailable
 from kimi.modeling_kimi import KimiK25ForConditionalGeneration as Kimi
 
 MAJOR = int(transformers.__version__.split(".")[0])
@@ -245,13 +246,47 @@ def test_greedy_decoding_of_a_thinking_model_warns_once(model, caplog):
     assert caplog.text.count("may go round in circles") == 1
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_decode_step_compiles_whole(packed):
-    """torch.compile(fullgraph=True) with a static cache: no graph break, the same tokens."""
+def test_steps_without_padding_carry_no_mask(model, greedy):
+    """On a GPU a look at a mask is a wait, and a mask keeps SDPA from its fast kernels; generate() looks once."""
+    masks = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    try:
+        assert model.generate(IDS, **GREEDY).equal(greedy)
+        assert model.generate(IDS, **{**GREEDY, "attention_mask": None}).equal(greedy)
+        assert len(masks) == 2 * NEW and all(mask is None for mask in masks)
+        padded = MASK.clone()
+        padded[0, :3] = 0
+        for pad, mask in (
+            (2, padded),
+            (int(IDS[0, 0]), None),
+        ):  # given, or made by transformers from a pad token
+            masks.clear()
+            model.generate(
+                IDS, **{**GREEDY, "attention_mask": mask, "pad_token_id": pad, "max_new_tokens": 2}
+            )
+            assert len(masks) == 2 and all(mask is not None and not mask.all() for mask in masks)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("packed", "dtype"), [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)]
+)
+def test_the_decode_step_compiles_whole(packed, dtype):
+    """torch.compile(fullgraph=True) with a static cache: no graph break, the same tokens. Packed experts in bf16 are one
+    operator, where there is a C compiler."""
     config = small_config(packed)
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
-    model = Kimi(config).eval()
+    model = Kimi(config).eval().to(dtype)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     ids = torch.randint(3, 300, (1, 6))
     settings = {
         "attention_mask": torch.ones_like(ids),
@@ -261,7 +296,7 @@ def test_the_decode_step_compiles_whole(packed):
     }
     want = model.generate(ids, pad_token_id=0, **settings)
     torch._dynamo.reset()  # what other tests compiled of this function counts towards its limit
-    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    step = torch.compile(model.forward, fullgraph=True, backend=keep)
     cache = transformers.StaticCache(config=config.text_config, max_cache_len=16)
     with torch.no_grad():
         logits, got = model(ids, past_key_values=cache).logits, [ids]
@@ -272,3 +307,6 @@ def test_the_decode_step_compiles_whole(packed):
             places = {"cache_position": torch.tensor([position])} if MAJOR < 5 else {}
             logits = step(got[-1], past_key_values=cache, **places).logits
     assert torch.cat(got, 1).equal(want)
+    operators = [n for graph in graphs for n in graph.graph.nodes if "routed_experts" in str(n.target)]
+    whole = packed and dtype == torch.bfloat16 and why_unavailable() is None
+    assert bool(operators) == whole

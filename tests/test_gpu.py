@@ -1,5 +1,6 @@
 """How kernels of a GPU are tried before they are used: with stand-ins for them, and with themselves, interpreted."""
 
+import importlib.util
 import itertools
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from builders import skip_unless_interpretable, small_config
 from kimi import kimi_gpu
-from kimi.kimi_gpu import FINDINGS, KERNEL_DTYPES, NOT_TRIED, SELF_TESTS, compare, prepare, why_not
+from kimi.kimi_gpu import FINDINGS, KERNEL_DTYPES, NOT_TRIED, SELF_TESTS, compare, operator, prepare, why_not
 from kimi.modeling_kimi import PLAIN_CODE, KimiK25ForConditionalGeneration
 
 CUDA = torch.device("cuda", 0)
@@ -39,7 +40,7 @@ def test_prepare_tries_each_operation_once_on_each_device(card):
         prepare(torch.device("cpu"), torch.bfloat16, PLAIN_CODE)
         prepare(CUDA, torch.int32, PLAIN_CODE)
     assert card == [
-        (name, device, torch.bfloat16, plain)
+        (name, device, torch.float32 if name == "route" else torch.bfloat16, plain)
         for device, (name, plain) in itertools.product(("cuda:0", "cuda:1"), PLAIN_CODE.items())
     ]
     assert why_not("experts", CUDA, torch.bfloat16, PLAIN_CODE["experts"]) is None
@@ -94,10 +95,34 @@ def test_a_model_is_prepared_when_it_moves(monkeypatch):
     for move in (lambda: model.to("meta"), lambda: model.to(torch.bfloat16), model.half):
         asked.clear()
         move()
-        assert {(device, dtype) for device, dtype, _ in asked} == {
-            (parameter.device, parameter.dtype) for parameter in model.parameters()
-        }
-        assert all(plain is PLAIN_CODE for _, _, plain in asked)
+        weight = model.language_model.lm_head.weight
+        assert asked == [(weight.device, weight.dtype, PLAIN_CODE)], "once, though the routers have fp32 biases"
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+
+def test_a_file_that_runs_twice_registers_its_operators_once():
+    """What torch.compile made of the first copy keeps working; another copy, of another folder, has its own."""
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    def thrice(x: torch.Tensor) -> torch.Tensor:
+        return x * 3
+
+    first = operator("test_product", twice, torch.empty_like)
+    compiled = torch.compile(lambda x: first(x) + 1, fullgraph=True, backend="aot_eager")
+    assert compiled(torch.ones(2)).tolist() == [3, 3]
+    assert operator("test_product", thrice, torch.empty_like) is first
+    assert compiled(torch.ones(2)).tolist() == [3, 3] and first(torch.ones(1)).tolist() == [2]
+    spec = importlib.util.spec_from_file_location("kimi.another_copy_of_kimi_gpu", kimi_gpu.__file__)
+    other = importlib.util.module_from_spec(spec)
+    for _ in range(2):
+        spec.loader.exec_module(other)
+    assert other.latent_attention_operator is not kimi_gpu.latent_attention_operator
+    assert other.operator("test_product", thrice, torch.empty_like)(torch.ones(1)).tolist() == [3]
+    assert first(torch.ones(1)).tolist() == [2]
 
 
 # --------------------------------------------------------------------------------------------------- kernels themselves
@@ -110,12 +135,13 @@ def test_kernels_pass_their_own_test(operation, monkeypatch):
     """Also where the caller's default device is another: numbers are drawn on the CPU."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
-        from kimi import kimi_layer_triton
+        from kimi import kimi_int4_triton, kimi_layer_triton
 
         skip_unless_interpretable(kimi_layer_triton)
-        monkeypatch.setattr(
-            kimi_gpu, "EXPERTS_SHAPE", (16, 64, 64, 8)
-        )  # interpreted, the real ones take minutes
+        # Interpreted, the real sizes take minutes.
+        few = kimi_int4_triton.DecodeBlocks(64, 2, 1, 128)
+        monkeypatch.setattr(kimi_int4_triton, "DECODE", kimi_int4_triton.Decode(few, few))
+        monkeypatch.setattr(kimi_gpu, "EXPERTS_SHAPE", (16, 64, 64, 8))
         monkeypatch.setattr(kimi_gpu, "ATTENTION_SHAPE", (1, 4, 64, 16))
     dtypes = KERNEL_DTYPES if device.type == "cuda" else (torch.float32,)
     torch.set_default_device("meta")
