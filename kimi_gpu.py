@@ -146,13 +146,14 @@ def try_latent_attention(device: torch.device, dtype: torch.dtype, plain: Refere
             (batch, 1, total, width),
             (batch, 1, total, rope),
         )
-        tensors: Any = [random(*shape, seed=seed).to(device, dtype) for seed, shape in enumerate(shapes)]
+        tensors = [random(*shape, seed=seed).to(device, dtype) for seed, shape in enumerate(shapes)]
         filled = total - 50 if case.lengths else total
         seen = torch.ones(new, total, dtype=torch.bool).tril(filled - new)[None, None].to(device)
-        want, _ = plain(*tensors, seen, 0.05)
+        q_latent, q_pe, latent, k_pe = tensors
+        want, _ = plain(q_latent, q_pe, latent, k_pe, seen, 0.05)
         lengths = torch.tensor([filled]).to(device) if case.lengths else None
         mask = seen if case.mask == "bool" else None
-        got, _ = latent_attention_triton(*tensors, mask=mask, scaling=0.05, lengths=lengths)
+        got, _ = latent_attention_triton(q_latent, q_pe, latent, k_pe, mask, 0.05, lengths)
         if case.mask == "bool" or new == 1:  # or else the last tokens see what they should not
             check_agreement(got, want, case.name)
 

@@ -189,7 +189,7 @@ def test_refuses_what_a_kernel_would_misread():
     with pytest.raises(ValueError, match=r"latent \(2, 1, 50, 32\) and k_pe \(2, 1, 49, 16\)"):
         latent_attention_triton(q_latent, q_pe, latent, k_pe[:, :, 1:], None, SCALING)
     for wrong in (torch.ones(1).long().expand(2), torch.ones(3).long(), torch.ones(2)):
-        with pytest.raises(ValueError, match="lengths torch.* expected 2 integers side by side"):
+        with pytest.raises(ValueError, match=r"lengths torch\..* expected 2 integers side by side"):
             latent_attention_triton(*tensors(), None, SCALING, lengths=wrong.to(DEVICE))
     with pytest.raises(ValueError, match=r"mask \(2, 1, 1, 49\), expected \(2, 1, 1, 50\)"):
         mask = torch.ones(2, 1, 1, 49, dtype=torch.bool, device=DEVICE)
