@@ -71,7 +71,7 @@ BY_MAJOR: dict[int, tuple[AttentionBlocks, ...]] = {  # by compute capability
 }
 FP32: tuple[AttentionBlocks, ...] = (AttentionBlocks(16, 16, 4, 1),)
 
-# Per device what failed its test: keys of `SelfTest`. Filled by who runs the tests, before the first call.
+# Per device what failed its test there: keys of `SelfTest`, added by whoever runs `self_test_cases`.
 UNUSABLE: dict[torch.device, set[tuple[torch.dtype, AttentionBlocks]]] = {}
 
 
@@ -323,7 +323,7 @@ def partial_kernel(
     split = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)  # 64 bits: a batch of long caches passes 2^31 elements
     head_blocks = tl.cdiv(HEADS, BLOCK_M)
-    t = tl.program_id(0) // head_blocks
+    t = (tl.program_id(0) // head_blocks).to(tl.int64)
     head = tl.program_id(0) % head_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     c, r, s0 = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
     inside = head[:, None] < HEADS
@@ -340,7 +340,7 @@ def partial_kernel(
     end = tl.minimum(begin + share, length)
     latent += batch * latent_b
     k_pe += batch * k_pe_b
-    mask += batch * mask_b + t.to(tl.int64) * mask_t
+    mask += batch * mask_b + t * mask_t
 
     output = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
