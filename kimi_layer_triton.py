@@ -258,14 +258,14 @@ def rotate_and_append_kernel(
         target = output + ((b * HEADS + head) * T + t) * 2 * P + p[None, :]
         tl.store(target, turned_first.to(output.dtype.element_ty), mask=inside)
         tl.store(target + P, turned_second.to(output.dtype.element_ty), mask=inside)
-    else:
-        place = k_pe + b * k_pe_b + t * k_pe_t + 2 * p
-        first = tl.load(place, mask=p < P, other=0.0).to(tl.float32)
-        second = tl.load(place + 1, mask=p < P, other=0.0).to(tl.float32)
-        target = k_pe_place + b * k_pe_place_b + t * k_pe_place_t + p
+    else:  # names of its own: to Triton a name has one shape
+        k_place = k_pe + b * k_pe_b + t * k_pe_t + 2 * p
+        k_first = tl.load(k_place, mask=p < P, other=0.0).to(tl.float32)
+        k_second = tl.load(k_place + 1, mask=p < P, other=0.0).to(tl.float32)
+        k_target = k_pe_place + b * k_pe_place_b + t * k_pe_place_t + p
         dtype = k_pe_place.dtype.element_ty
-        tl.store(target, (first * cosine - second * sine).to(dtype), mask=p < P)
-        tl.store(target + P, (second * cosine + first * sine).to(dtype), mask=p < P)
+        tl.store(k_target, (k_first * cosine - k_second * sine).to(dtype), mask=p < P)
+        tl.store(k_target + P, (k_second * cosine + k_first * sine).to(dtype), mask=p < P)
         c = tl.arange(0, BLOCK_C)
         values = tl.load(latent + b * latent_b + t * latent_t + c, mask=c < C, other=0.0)
         tl.store(latent_place + b * latent_place_b + t * latent_place_t + c, values, mask=c < C)
