@@ -1,7 +1,7 @@
 # make demo        kimi-tiny, the small trained model in this repository, answers four questions
 # make test        the test suite on transformers 4.57 (.venv)
 # make test-next   the same on transformers 5.x (.venv-next)
-# make test-kernels  the Triton kernels under Triton's interpreter (.venv-kernels); on a GPU: pytest -m "gpu or kernels"
+# make test-kernels  the Triton kernels, interpreted and compiled for four GPUs (.venv-kernels); on a GPU: pytest -m "gpu or kernels"
 # make test-engines  kimi-tiny in other engines: transformers' own class, MLX, llama.cpp (builds it; .venv-engines)
 # make serve       the endpoint for MODEL=folder on this machine (ARGS for more, see python -m serve --help)
 # make lint        formatting, lint and types

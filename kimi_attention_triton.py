@@ -71,7 +71,7 @@ BY_MAJOR: dict[int, tuple[AttentionBlocks, ...]] = {  # by compute capability
 }
 FP32: tuple[AttentionBlocks, ...] = (AttentionBlocks(16, 16, 4, 1),)
 
-# Per device what failed its test: keys of `SelfTest`. Filled by who runs the tests, before the first call.
+# Per device what failed its test there: keys of `SelfTest`, added by whoever runs `self_test_cases`.
 UNUSABLE: dict[torch.device, set[tuple[torch.dtype, AttentionBlocks]]] = {}
 
 
@@ -92,7 +92,7 @@ def latent_attention_triton(
     """
     batch, heads, num_new, width = q_latent.shape
     num_total, rope_width = latent.shape[2], k_pe.shape[3]
-    check(q_latent, q_pe, latent, k_pe, mask)
+    check(q_latent, q_pe, latent, k_pe, mask, lengths)
     blocks = blocks or pick_blocks(heads, q_latent)
     row_blocks = num_new * triton.cdiv(heads, blocks.heads)
     splits = num_splits(batch * row_blocks, num_total, q_latent.device)
@@ -178,6 +178,7 @@ def check(
     latent: torch.Tensor,
     k_pe: torch.Tensor,
     mask: torch.Tensor | None,
+    lengths: torch.Tensor | None = None,
 ) -> None:
     """Raises for inputs that a kernel, which sees only pointers, would misread."""
     batch, _, num_new, width = q_latent.shape
@@ -199,6 +200,15 @@ def check(
         have in (want, 1) for have, want in zip(mask.shape, (batch, 1, num_new, num_total), strict=True)
     ):
         raise ValueError(f"mask {tuple(mask.shape)}, expected {(batch, 1, num_new, num_total)}.")
+    if any(t is not None and t.device != q_latent.device for t in (q_pe, latent, k_pe, mask, lengths)):
+        raise ValueError(f"queries are on {q_latent.device}; cache, mask and lengths must be there, too.")
+    if lengths is not None and not (
+        lengths.shape == (batch,) and lengths.is_contiguous() and not lengths.is_floating_point()
+    ):
+        raise ValueError(
+            f"lengths {lengths.dtype} {tuple(lengths.shape)} with strides {lengths.stride()}, expected {batch} integers"
+            " side by side."
+        )
 
 
 def pick_blocks(heads: int, like: torch.Tensor) -> AttentionBlocks:
@@ -213,14 +223,13 @@ def pick_blocks(heads: int, like: torch.Tensor) -> AttentionBlocks:
 
 def usable_blocks(device: torch.device, dtype: torch.dtype) -> list[AttentionBlocks]:
     """The configurations for a device, best first, without those that UNUSABLE lists."""
-    table = FP32 if dtype == torch.float32 else BY_MAJOR.get(capability_major(device), OTHER)
+    table = OTHER
+    if dtype == torch.float32:
+        table = FP32
+    elif device.type != "cpu":
+        table = BY_MAJOR.get(torch.cuda.get_device_capability(device)[0], OTHER)
     unusable = UNUSABLE.get(device, set())
     return [blocks for blocks in table if (dtype, blocks) not in unusable]
-
-
-def capability_major(device: torch.device) -> int:
-    """8 for Ampere and Ada, 9 for Hopper, 10 and 12 for Blackwell; 0 for a CPU, which interprets."""
-    return 0 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
 
 
 class SelfTest(NamedTuple):
@@ -237,7 +246,7 @@ class SelfTest(NamedTuple):
     key: tuple[torch.dtype, AttentionBlocks]
 
 
-SELF_TEST_SHAPE = (1, 64, 512, 64)  # B, h, c, dr: the full model's
+SELF_TEST_SIZES = (1, 64, 512, 64)  # B, h, c, dr: the full model's
 
 
 def self_test_cases(device: torch.device, dtype: torch.dtype) -> Iterator[SelfTest]:
@@ -250,6 +259,7 @@ def self_test_cases(device: torch.device, dtype: torch.dtype) -> Iterator[SelfTe
             ("one token", 1, "none", False),
             ("several tokens and a mask", 8, "bool", False),  # as one token and a mask
             ("one token and lengths", 1, "none", True),
+            ("one token of a static cache", 1, "bool", True),
         ):
             key = dtype, usable[0]
             yield SelfTest(f"{name}, {usable[0]}", num_new, 300, mask, lengths, key)
@@ -313,7 +323,7 @@ def partial_kernel(
     split = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)  # 64 bits: a batch of long caches passes 2^31 elements
     head_blocks = tl.cdiv(HEADS, BLOCK_M)
-    t = tl.program_id(0) // head_blocks
+    t = (tl.program_id(0) // head_blocks).to(tl.int64)
     head = tl.program_id(0) % head_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     c, r, s0 = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_S)
     inside = head[:, None] < HEADS
@@ -330,7 +340,7 @@ def partial_kernel(
     end = tl.minimum(begin + share, length)
     latent += batch * latent_b
     k_pe += batch * k_pe_b
-    mask += batch * mask_b + t.to(tl.int64) * mask_t
+    mask += batch * mask_b + t * mask_t
 
     output = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     highest = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)

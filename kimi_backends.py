@@ -68,6 +68,8 @@ if NO_TRITON is None:
         silu_and_mul_triton,
     )
 
+# torch.mm of bf16 with a result in fp32: torch 2.8 and later, on CUDA.
+HAS_WIDE_MM = hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None
 WIDEST_NORM = 16384  # values of a row that one program of rms_norm_triton holds
 # Measured on CPUs; see docs/history.md.
 LINEAR_ROWS = 4  # up to which our product wins; from 8 rows on PyTorch's does
@@ -112,7 +114,7 @@ def faster_linear(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.
 
 def faster_logits(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor] | None:
     """For x (R, inputs) times weight (outputs, inputs) with the sums as they are, in fp32."""
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and hasattr(torch.ops.aten.mm, "dtype"):
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and HAS_WIDE_MM:
         return None if is_recorded(x, weight) else mm_bf16_to_fp32
     return None if faster_linear(x, weight) is None else linear_bf16_to_fp32
 
@@ -122,7 +124,7 @@ def linear_bf16_to_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def mm_bf16_to_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Products of bf16 are exact in fp32, so neither operand is cast; torch 2.8 and later."""
+    """Products of bf16 are exact in fp32, so neither operand is cast."""
     return torch.mm(x, weight.T, out_dtype=torch.float32)
 
 

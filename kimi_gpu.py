@@ -23,7 +23,7 @@ from .kimi_int4 import CODES_PER_WORD, GROUP_SIZE, ExpertMatrices
 
 NO_TRITON: str | None = None
 try:
-    from .kimi_attention_triton import SELF_TEST_SHAPE as ATTENTION_SHAPE
+    from .kimi_attention_triton import SELF_TEST_SIZES as ATTENTION_SHAPE
     from .kimi_attention_triton import UNUSABLE as UNUSABLE_ATTENTION
     from .kimi_attention_triton import latent_attention_triton, usable_blocks
     from .kimi_attention_triton import self_test_cases as attention_cases
@@ -146,13 +146,14 @@ def try_latent_attention(device: torch.device, dtype: torch.dtype, plain: Refere
             (batch, 1, total, width),
             (batch, 1, total, rope),
         )
-        tensors: Any = [random(*shape, seed=seed).to(device, dtype) for seed, shape in enumerate(shapes)]
+        tensors = [random(*shape, seed=seed).to(device, dtype) for seed, shape in enumerate(shapes)]
         filled = total - 50 if case.lengths else total
         seen = torch.ones(new, total, dtype=torch.bool).tril(filled - new)[None, None].to(device)
-        want, _ = plain(*tensors, seen, 0.05)
+        q_latent, q_pe, latent, k_pe = tensors
+        want, _ = plain(q_latent, q_pe, latent, k_pe, seen, 0.05)
         lengths = torch.tensor([filled]).to(device) if case.lengths else None
         mask = seen if case.mask == "bool" else None
-        got, _ = latent_attention_triton(*tensors, mask=mask, scaling=0.05, lengths=lengths)
+        got, _ = latent_attention_triton(q_latent, q_pe, latent, k_pe, mask, 0.05, lengths)
         if case.mask == "bool" or new == 1:  # or else the last tokens see what they should not
             check_agreement(got, want, case.name)
 
@@ -162,8 +163,9 @@ def try_latent_attention(device: torch.device, dtype: torch.dtype, plain: Refere
 
 
 def try_rms_norm(device: torch.device, dtype: torch.dtype, plain: Reference) -> None:
-    x, weight = random(3, 7168).to(device, dtype), random(7168, seed=1).to(device, dtype)
-    check_agreement(rms_norm_triton(x, weight, 1e-5), plain(x, weight, 1e-5), "the norm")
+    for width in (512, 1536, 7168):  # latents, compressed queries, states
+        x, weight = random(3, width).to(device, dtype), random(width, seed=1).to(device, dtype)
+        check_agreement(rms_norm_triton(x, weight, 1e-5), plain(x, weight, 1e-5), "the norm")
 
 
 def try_silu_and_mul(device: torch.device, dtype: torch.dtype, plain: Reference) -> None:

@@ -664,20 +664,16 @@ def prefill_blocks(pairs_per_expert: float, x: torch.Tensor) -> tuple[PrefillBlo
 
 def usable_prefill(device: torch.device, dtype: torch.dtype) -> list[Prefill]:
     """The device's table for x's dtype, by rising number of pairs, without what UNUSABLE lists."""
+    table = PREFILL_OTHER
     if compute_dtype(dtype) == torch.float32:
         table = PREFILL_FP32
-    else:
-        table = PREFILL_BY_MAJOR.get(capability_major(device), PREFILL_OTHER)
+    elif device.type != "cpu":
+        table = PREFILL_BY_MAJOR.get(torch.cuda.get_device_capability(device)[0], PREFILL_OTHER)
     return [row for row in table if is_usable(device, dtype, row)]
 
 
 def is_usable(device: torch.device, dtype: torch.dtype, row: Decode | Prefill) -> bool:
     return (dtype, row) not in UNUSABLE.get(device, set())
-
-
-def capability_major(device: torch.device) -> int:
-    """8 for Ampere and Ada, 9 for Hopper, 10 and 12 for Blackwell; 0 for a CPU, which interprets."""
-    return 0 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
 
 
 class SelfTest(NamedTuple):

@@ -174,9 +174,10 @@ def rotate_and_append_triton(
     fp32, and writes latent (B, 1, T, c) and the rotated k_pe to their places in the cache, of the same shapes. Returns
     the rotated q_pe.
 
-    Last dimensions are contiguous, and those of cos and sin all are.
+    Last dimensions are contiguous.
     """
     batch, heads, num_new, rope = q_pe.shape
+    cos, sin = cos.contiguous(), sin.contiguous()
     output = torch.empty(q_pe.shape, dtype=q_pe.dtype, device=q_pe.device)
     programs = triton.cdiv(heads, HEADS_AT_ONCE) + 1  # the last for the cache
     with on_device_of(q_pe):

@@ -17,7 +17,6 @@ import importlib
 import io
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -29,9 +28,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault(
-    "TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="compile_ahead_")
-)  # a cached one has no log
 
 import torch
 import triton
@@ -41,14 +37,17 @@ from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 attention = importlib.import_module("kimi.kimi_attention_triton")
 experts = importlib.import_module("kimi.kimi_int4_triton")
+layer = importlib.import_module("kimi.kimi_layer_triton")
+gpu = importlib.import_module("kimi.kimi_gpu")
 
 EXPERTS, WIDTH, INNER, CHOICES = 384, 7168, 2048, 8  # config.json's
-HEADS, LATENT, ROPE = 64, 512, 64
+HEADS, LATENT, ROPE, NOPE, QUERY_RANK = 64, 512, 64, 128, 1536
 LONGEST = 262144
 TOKENS = (1, 4, 16, 64, 1024, 2048, 4096)
 KERNELS = {
     experts: ("gate_up_decode", "down_decode", "gate_up_prefill", "down_prefill", "combine"),
     attention: ("partial", "merge"),
+    layer: ("rms_norm", "silu_and_mul", "add_rounded", "route", "rotate_and_append"),
 }
 
 
@@ -174,6 +173,22 @@ def call_attention(
     )
 
 
+def call_layer(new: int, capacity: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The small operations of a layer with experts, for `new` tokens that go into a cache with `capacity`."""
+    latent, k_pe = empty(1, 1, new, LATENT + ROPE, dtype=dtype).split((LATENT, ROPE), dim=-1)
+    for x in (empty(1, new, WIDTH, dtype=dtype), empty(1, new, QUERY_RANK, dtype=dtype), latent):
+        layer.rms_norm_triton(x, empty(x.shape[-1], dtype=dtype), 1e-5)
+    q_pe = empty(1, new, HEADS, NOPE + ROPE, dtype=dtype).transpose(1, 2)[..., NOPE:]
+    angles = empty(1, new, ROPE // 2, dtype=torch.float32)
+    buffers = (empty(1, 1, capacity, width, dtype=dtype) for width in (LATENT, ROPE))
+    places = (buffer[:, :, capacity - new :] for buffer in buffers)
+    layer.rotate_and_append_triton(q_pe, latent, k_pe, angles, angles, *places)
+    logits, bias = empty(new, EXPERTS, dtype=torch.float32), empty(EXPERTS, dtype=torch.float32)
+    layer.route_triton(logits, bias, CHOICES, True, 2.827)
+    layer.silu_and_mul_triton(empty(1, new, INNER, dtype=dtype), empty(1, new, INNER, dtype=dtype))
+    layer.add_rounded_triton(empty(1, new, WIDTH, dtype=torch.float32), empty(1, new, WIDTH, dtype=dtype))
+
+
 def generation() -> Iterator[tuple[int, int, int]]:
     """(T, S, capacity of the cache) of the calls that fill a dynamic cache to LONGEST: a prompt in chunks of which the
     last is short, then tokens. Every length up to 3,000 and, for speed, each 61st after it: all remainders of 16."""
@@ -193,6 +208,7 @@ def count_variants(arch: int) -> dict[str, int]:
         "padding": lambda: fill_cache("padding"),
         "lengths": fill_static_cache,
         "experts": few_and_many_rows,
+        "layer": grow,
     }
     for kind, run in kinds.items():
         with recording(arch) as (found, _):
@@ -212,7 +228,12 @@ def fill_cache(mask: str) -> None:
 def fill_static_cache() -> None:
     for capacity in (LONGEST, 100_001):
         for new in (4096, 7, 1):
-            call_attention(new, capacity, "rows" if new > 1 else "none", lengths=True)
+            call_attention(new, capacity, "rows" if new > 1 else "padding", lengths=True)
+
+
+def grow() -> None:
+    for new, _, capacity in generation():
+        call_layer(new, capacity)
 
 
 def few_and_many_rows(dtype: torch.dtype = torch.bfloat16) -> None:
@@ -229,9 +250,11 @@ def compare_self_tests(arch: int, dtype: torch.dtype) -> dict[str, list[str]]:
             (1, "none", False),
             (1, "padding", False),
             (1, "none", True),
+            (1, "padding", True),
             (300, "rows", False),
         ):
             call_attention(new, 8201, mask, lengths, capacity=9001, dtype=dtype)
+            call_layer(new, 9001, dtype)
     with recording(arch) as (small, _):
         for case in experts.self_test_cases(device, dtype):
             call_experts(case.rows, experts.SELF_TEST_SHAPE, dtype)
@@ -243,8 +266,12 @@ def compare_self_tests(arch: int, dtype: torch.dtype) -> dict[str, list[str]]:
                 mask,
                 case.lengths,
                 dtype=dtype,
-                shape=attention.SELF_TEST_SHAPE,
+                shape=attention.SELF_TEST_SIZES,
             )
+        for name in KERNELS[layer]:
+            # Tensors on "meta" have no values, so after the launches nothing can be compared.
+            with mock.patch.object(gpu, "check_agreement"), contextlib.suppress(ValueError):
+                gpu.SELF_TESTS[name](device, dtype, lambda first, *others: first)
     return {
         "full model only": sorted(full.keys() - small.keys()),
         "self-tests only": sorted(small.keys() - full.keys()),
@@ -258,20 +285,23 @@ def launches(arch: int) -> list[Launch]:
     """Each variant that the full model's calls need, once."""
     with recording(arch) as (found, what):
         for rows in TOKENS:
-            what.append(f"{rows} tokens")
+            what.append("1 token" if rows == 1 else f"{rows} tokens")
             call_experts(rows)
         for new, mask in ((1, "none"), (1, "padding"), (8, "none"), (8, "rows")):
             what.append(f"{new} new, mask {mask}")
             call_attention(new, 8200, mask, capacity=9000)
         what.append("1 new, lengths")
-        call_attention(1, 8200, lengths=True)
+        call_attention(1, 8200, "padding", lengths=True)
         device = torch.device("meta")
         with mock.patch.dict(attention.UNUSABLE):
             for case in attention.self_test_cases(device, torch.bfloat16):
                 what.append("fallback")
                 call_attention(case.num_new, 8200)
                 attention.UNUSABLE.setdefault(device, set()).add(case.key)
+        what.append("a layer")
+        call_layer(1, 9000)
         what.append("fp32")
+        call_layer(1, 9000, torch.float32)
         call_experts(1, dtype=torch.float32)
         call_experts(64, dtype=torch.float32)
         call_attention(1, 8200, dtype=torch.float32)
@@ -281,9 +311,15 @@ def launches(arch: int) -> list[Launch]:
 def compiled(launch: Launch) -> tuple[Any, str]:
     """As JITFunction compiles it, and what ptxas said."""
     source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
-    log = io.StringIO()
-    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
-        triton.knobs.nvidia.dump_ptxas_log = True
+    log, knobs = io.StringIO(), triton.knobs
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        knobs.nvidia.scope(),
+        knobs.cache.scope(),
+        contextlib.redirect_stdout(log),
+    ):
+        knobs.cache.dir = folder  # from a cache it would come without a log
+        knobs.nvidia.dump_ptxas_log = True
         code = triton.compile(
             source, target=GPUTarget("cuda", launch.arch, 32), options=launch.options.__dict__
         )
@@ -390,10 +426,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     print("|---|" + "---|" * len(archs))
     table: dict[tuple[str, str], dict[int, str]] = collections.defaultdict(dict)
     for row in rows:
-        cell = (
-            f"{row['blocks']}: {row['registers']} / {row['shared'] / 1024:.0f} / {row['warps_per_processor']}"
-        )
-        cell += f", {row['per_weight']}" if row["per_weight"] else ""
+        cell = f"{row['registers']} / {row['shared'] / 1024:.0f} / {row['warps_per_processor']}"
+        cell = f"{row['blocks']}: {cell}, {row['per_weight']}" if row["per_weight"] else cell
         cell += f", spills {len(row['spilled'])}" if row["spilled"] else ""
         table[row["kernel"], row["what"]][row["arch"]] = cell
     for (kernel, what), cells in table.items():

@@ -157,7 +157,9 @@ def test_unusable_configurations_are_skipped(monkeypatch):
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
     unusable = set()
     monkeypatch.setattr(kimi_attention_triton, "UNUSABLE", {device: unusable})
-    monkeypatch.setattr(kimi_attention_triton, "capability_major", lambda device: 9)
+    two = (BLOCKS._replace(heads=64), BLOCKS)
+    monkeypatch.setattr(kimi_attention_triton, "OTHER", two)
+    monkeypatch.setattr(kimi_attention_triton, "BY_MAJOR", {})
     like, tried = torch.empty(0, dtype=torch.float16, device=device), []
     for case in self_test_cases(device, like.dtype):  # all fail
         assert case.key == (like.dtype, pick_blocks(64, like))
@@ -186,6 +188,9 @@ def test_refuses_what_a_kernel_would_misread():
     q_latent, q_pe, latent, k_pe = tensors()
     with pytest.raises(ValueError, match=r"latent \(2, 1, 50, 32\) and k_pe \(2, 1, 49, 16\)"):
         latent_attention_triton(q_latent, q_pe, latent, k_pe[:, :, 1:], None, SCALING)
+    for wrong in (torch.ones(1).long().expand(2), torch.ones(3).long(), torch.ones(2)):
+        with pytest.raises(ValueError, match=r"lengths torch\..* expected 2 integers side by side"):
+            latent_attention_triton(*tensors(), None, SCALING, lengths=wrong.to(DEVICE))
     with pytest.raises(ValueError, match=r"mask \(2, 1, 1, 49\), expected \(2, 1, 1, 50\)"):
         mask = torch.ones(2, 1, 1, 49, dtype=torch.bool, device=DEVICE)
         latent_attention_triton(q_latent, q_pe, latent, k_pe, mask, SCALING)

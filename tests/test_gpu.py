@@ -96,7 +96,9 @@ def test_a_model_is_prepared_when_it_moves(monkeypatch):
         asked.clear()
         move()
         weight = model.language_model.lm_head.weight
-        assert asked == [(weight.device, weight.dtype, PLAIN_CODE)], "once, though the routers have fp32 biases"
+        assert asked == [(weight.device, weight.dtype, PLAIN_CODE)], (
+            "once, though the routers have fp32 biases"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ operators

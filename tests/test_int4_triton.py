@@ -202,10 +202,11 @@ def test_repeats_bit_for_bit(path):
 # ---------------------------------------------------------------------------------------------------- configurations
 
 
-@pytest.mark.parametrize("major", [8, 9, 10, 12])
-def test_self_tests_choose_every_configuration(major, monkeypatch):
+@pytest.mark.parametrize("table", ["PREFILL_OTHER", "PREFILL_HOPPER", "PREFILL_BLACKWELL"])
+def test_self_tests_choose_every_configuration(table, monkeypatch):
     monkeypatch.undo()  # the blocks of the file
-    monkeypatch.setattr(kimi_int4_triton, "capability_major", lambda device: major)
+    monkeypatch.setattr(kimi_int4_triton, "PREFILL_OTHER", getattr(kimi_int4_triton, table))
+    monkeypatch.setattr(kimi_int4_triton, "PREFILL_BY_MAJOR", {})
     experts, _, _, choices = SELF_TEST_SHAPE
     x = torch.empty(0, dtype=torch.float16, device=DEVICE)
     decode, *prefill = self_test_cases(x.device, x.dtype)
