@@ -114,6 +114,9 @@ def experts_calls(device: Device) -> list[ExpertsCall]:
     most = 2 if device.small else k.DECODE_UP_TO
     for rows in range(1, most + 1):
         calls.append(ExpertsCall(f"decode {rows} rows", rows, bf16, FP32_LIMIT, k.run_experts_triton))
+    chosen = (17,) if device.small else (17, 64, 576, 577, 1152, 1153, 2304, 2305, 4096, 8193)
+    for rows in chosen:
+        calls.append(ExpertsCall(f"prefill {rows} rows", rows, bf16, BF16_LIMIT, k.run_experts_triton))
     for name in sorted(name for name in dir(k) if name.startswith("PREFILL_")):
         dtype, below, table = torch.float32 if "FP32" in name else bf16, 0.0, getattr(k, name)
         for pairs, gate_up, down in table if isinstance(table, tuple) else ():
@@ -123,9 +126,6 @@ def experts_calls(device: Device) -> list[ExpertsCall]:
             what = f"{name} up to {pairs} pairs, {rows} rows"
             calls.append(ExpertsCall(what, rows, dtype, LIMITS[dtype], run))
             below = pairs
-    chosen = (17,) if device.small else (17, 64, 576, 577, 1152, 1153, 2304, 2305, 4096, 8193)
-    for rows in chosen:
-        calls.append(ExpertsCall(f"prefill {rows} rows", rows, bf16, BF16_LIMIT, k.run_experts_triton))
     for dtype in (torch.float16, torch.float32):
         few, many = (2, 17) if device.small else (4, 64)
         calls.append(ExpertsCall(f"decode {few} rows {dtype}", few, dtype, FP32_LIMIT, k.run_experts_triton))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 KEPT = Path(__file__).resolve().parent / "gpu_results"
-HIDDEN = ("step", "check", "ok", "seconds", "error", "skipped")  # of a line, beside the figures
+HIDDEN = ("step", "check", "ok", "measured", "seconds", "error", "skipped")  # of a line, beside the figures
 ERROR_LINES = 12  # of a traceback
 T = TypeVar("T")
 
@@ -165,6 +165,7 @@ def summary(entries: list[dict[str, Any]]) -> str:
     lines += [f"  {entry['step']}: {entry['check']}: {last_line(entry)[:160]}" for entry in wrong[:40]]
     dry = any(entry.get("dry") for entry in checks)
     measured = [entry for entry in checks if entry.get("measured") and not dry]
+    measured.sort(key=lambda entry: not entry["check"].startswith("best of"))  # the last step's come first
     lines += ["  a dry run: it measures nothing"] if dry else []
     lines += [f"  {entry['step']}: {entry['check']}: {figures(entry)[:150]}" for entry in measured[:60]]
     named = ", ".join(f"{end['step']} ({end.get('ended')})" for end in bad)

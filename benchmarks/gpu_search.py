@@ -211,11 +211,17 @@ def precompile(place: int, number: int, dry: bool) -> None:
 
 def needed(device: Device, calls: Calls) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The calls of the steps experts and attention, and those of kimi-tiny."""
+    seen: set[Any] = set()
     for experts in experts_calls(device):
-        if experts.dtype == torch.bfloat16 and (
-            experts.rows > 1 if "decode" in experts.name else experts.name[0] == "p"
-        ):
-            continue  # the kernels of others
+        key: Any = experts.name
+        if experts.dtype == torch.bfloat16 and experts.name.startswith("decode"):
+            key = "decode"
+        elif experts.dtype == torch.bfloat16 and experts.name.startswith("prefill"):
+            pairs = experts.rows * device.sizes.choices / device.sizes.experts
+            key = experts_kernels(device).prefill_blocks(pairs, device.normal(1, 32))
+        if key in seen:
+            continue  # the same kernels
+        seen.add(key)
 
         def call_experts(call: Any = experts) -> None:
             x, ids, weights = device.batch(call.rows, device.sizes.experts)

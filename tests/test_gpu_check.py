@@ -408,7 +408,7 @@ def test_results_are_kept_by_date_and_card(module, tmp_path):
     assert report.keep(out, kept).name == "2001-02-03-some-card-80gb.jsonl"
     assert report.keep(out, kept).name == "2001-02-03-some-card-80gb-2.jsonl"
     table = (kept / "README.md").read_text(encoding="utf-8")
-    assert "| ceilings | copy rate | measured True, gb_per_s 1.25 |" in table
+    assert "| ceilings | copy rate | gb_per_s 1.25 |" in table
     assert "| ceilings | other | failed: two / three |" in table
 
 
