@@ -262,4 +262,8 @@ def test_no_device_to_host_copy():
         latent_attention_triton(*inputs, None, SCALING)
     names = [event.name for event in profile.events()]
     assert any("partial_kernel" in name for name in names), "the profiler saw no kernel"
-    assert not [name for name in names if "DtoH" in name or "Synchronize" in name]
+    # The profiler itself ends with a cudaDeviceSynchronize.
+    waits = [
+        name for name in names if "DtoH" in name or "StreamSynchronize" in name or "EventSynchronize" in name
+    ]
+    assert not waits
