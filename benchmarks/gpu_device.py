@@ -146,10 +146,8 @@ class Device:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(
-                3
-            ):  # compiles, loads, and makes cuBLAS's workspace, none of which may happen in a capture
-                call()
+            for _ in range(3):
+                call()  # compiles, loads, and makes cuBLAS's workspace, none of which may happen in a capture
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -205,10 +205,8 @@ def cache_options(model: Kimi, kind: str, length: int, dry: bool) -> dict[str, A
                     config = {"backend": backend, "nbits": 8 if backend == "hqq" else 4}
                     return {"cache_implementation": "quantized", "cache_config": config}
         raise Skipped("neither optimum-quanto nor hqq is installed")
-    if dry and "offloaded" in kind:
-        kind = (
-            "static" if "static" in kind else "dynamic"
-        )  # copies between devices, of which there is one here
+    if dry and "offloaded" in kind:  # copies between devices, of which there is one here
+        kind = "static" if "static" in kind else "dynamic"
     return {} if kind == "dynamic" else {"cache_implementation": kind}
 
 
