@@ -58,6 +58,25 @@ def test_nothing_is_tried_while_a_trace_or_a_graph_is_made(card, while_, monkeyp
     assert why_not("rms_norm", CUDA, torch.bfloat16, PLAIN_CODE["rms_norm"]) is None and not card
 
 
+def test_numbers_are_drawn_on_the_cpu_whatever_a_caller_has_set(card, monkeypatch):
+    """torch.set_default_device("cuda") made the tests raise, outside of what catches it; and the caller's own random
+    numbers stay the same."""
+    drawn = []
+    monkeypatch.setitem(
+        kimi_gpu.SELF_TESTS, "experts", lambda *given: drawn.extend((torch.ones(1), kimi_gpu.random(2, 2)))
+    )
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    before = torch.get_rng_state()
+    try:
+        assert why_not("experts", CUDA, torch.bfloat16, PLAIN_CODE["experts"]) is None
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert {tensor.device.type for tensor in drawn} == {"cpu"} and drawn[1].dtype == torch.float32
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_whatever_a_test_raises_is_a_reason(card, monkeypatch, caplog):
     def out_of_resources(device, dtype, plain):
         raise RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 101376")
