@@ -110,7 +110,7 @@ FAULTS = {
         in_file(
             "modeling_kimi.py",
             "topk_weights = scores.gather",
-            "topk_weights = (scores + self.e_score_correction_bias).gather",
+            "topk_weights = (scores + bias).gather",
         ),
         "decoder.1.router_weights",
     ),
