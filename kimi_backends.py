@@ -36,9 +36,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from .kimi_cpu import (
     MAX_LATENT,
+    WITH_MEMORY,
     absorb,
     expert_int4_tiles,
     experts_int4_few_rows,
@@ -53,7 +56,14 @@ from .kimi_cpu import (
     unpack_int4_bf16,
     why_unavailable,
 )
-from .kimi_gpu import NO_TRITON, latent_attention_operator, operator, why_not
+from .kimi_gpu import (
+    KERNEL_DTYPES,
+    NO_TRITON,
+    is_captured,
+    latent_attention_operator,
+    operator,
+    why_not,
+)
 from .kimi_int4 import CODES_PER_WORD, ExpertMatrices
 from .kimi_sizes import LARGEST_WORKSPACE_BYTES, WORKSPACE_BYTES
 
@@ -83,7 +93,7 @@ EXPERT_ROWS, EXPERT_ROWS_BESIDE_TILES = 16, 3
 ABSORB_UP_TO, ABSORB_UP_TO_ON_CPU = 128, 48
 
 NO_WEIGHTS = "it makes no attention weights, which attn_implementation='eager' returns"
-NOT_IN_RAM = "it takes PyTorch's own tensors, not a subclass, which may have no memory of its own"
+NO_MEMORY = "it takes PyTorch's own tensors, not a subclass, which may have no memory of its own"
 
 MLP_ROWS = 4096  # of a long prompt at once: inner values are wider than the stream
 MOE_ROWS = 8192  # more, since each part unpacks its experts anew
@@ -130,14 +140,28 @@ def mm_bf16_to_fp32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def use_gpu_kernel(operation: str, plain: Callable, *tensors: torch.Tensor) -> bool:
     """Whether the Triton kernel of a small operation may take these tensors: on one GPU, of one dtype, none empty, nothing
-    recorded, traced or cast."""
+    recorded, traced, transformed or cast."""
     first = tensors[0]
     if not first.is_cuda or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
         return False
+    if first.dtype not in KERNEL_DTYPES or is_transformed() or not has_memory(*tensors):
+        return False
     alike = all(t.dtype == first.dtype and t.device == first.device and t.numel() for t in tensors)
-    return (
-        alike and not is_recorded(*tensors) and why_not(operation, first.device, first.dtype, plain) is None
-    )
+    if not alike or is_recorded(*tensors):
+        return False
+    return why_not(operation, first.device, first.dtype, plain) is None
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (vmap, jvp) or forward-mode differentiation is at work, which must see each operation."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_memory(*tensors: torch.Tensor) -> bool:
+    """Whether a kernel finds values at the tensors' addresses: not those of subclasses (DTensor, fake tensors). Without a
+    GPU fake ones may pass, since nothing can run: so a walk with them sees what a GPU would be given."""
+    kinds = {type(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor)} - set(WITH_MEMORY)
+    return not kinds or (kinds == {FakeTensor} and not torch.cuda.is_available())
 
 
 def faster_rms_norm(
@@ -160,10 +184,16 @@ def faster_silu_and_mul(
 
 
 def faster_add_rounded(
-    wide: torch.Tensor, other: torch.Tensor, plain: Callable
+    wide: torch.Tensor, other: torch.Tensor, dtype: torch.dtype, plain: Callable
 ) -> Callable[..., torch.Tensor] | None:
-    """For `plain(wide, other)`, of one shape, `wide` in fp32."""
-    fits = other.is_cuda and wide.device == other.device and wide.is_contiguous() and other.is_contiguous()
+    """For `plain(wide, other, dtype)`, of one shape, `wide` in fp32 and `other` in `dtype`."""
+    fits = (
+        other.is_cuda
+        and other.dtype == dtype
+        and wide.device == other.device
+        and wide.is_contiguous()
+        and other.is_contiguous()
+    )
     fits = fits and wide.dtype == torch.float32 and not is_recorded(wide)
     return add_rounded_triton if fits and use_gpu_kernel("add_rounded", plain, other) else None
 
@@ -265,7 +295,7 @@ def why_not_absorb_on_cpu(
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace it"
     if not is_in_ram(q_nope, up, latent, k_pe):
-        return NOT_IN_RAM
+        return NO_MEMORY
     return why_unavailable()
 
 
@@ -304,6 +334,8 @@ def faster_latent_attention(
         reason = NO_WEIGHTS
     elif forced == "sdpa":
         return latent_attention_sdpa
+    elif not torch.compiler.is_compiling() and not has_memory(q_latent, latent, k_pe):
+        reason = NO_MEMORY
     elif is_recorded(q_latent, latent, k_pe):
         reason = "it computes no gradients"
     else:
@@ -437,7 +469,7 @@ def why_not_experts_on_cpu(x: torch.Tensor, topk_weights: torch.Tensor, matrices
     if torch.compiler.is_compiling():  # the tensors of a trace have no memory; those that come later do
         return why_no_compiled_code()
     if not is_in_ram(x, topk_weights, *scales, *(matrix.weight for matrix in matrices)):
-        return NOT_IN_RAM
+        return NO_MEMORY
     return why_unavailable()
 
 
@@ -454,6 +486,10 @@ def why_not_experts_by_triton(
         return f"the experts are not packed but {matrices[0].weight.dtype}"
     if is_recorded(x, topk_weights, *scales):
         return "it computes no gradients"
+    if not torch.compiler.is_compiling() and not has_memory(
+        x, *scales, *(matrix.weight for matrix in matrices)
+    ):
+        return NO_MEMORY
     return why_not_triton_experts(x.device, x.dtype, plain)
 
 
@@ -613,11 +649,15 @@ def expanded_head_slices(
 def workspace_bytes(device: torch.device) -> int:
     """For one layer's keys and values, or scores. On a GPU a quarter of what is free now, since a few heads at a time
     leave it idle: at 131,072 cached tokens the smallest workspace holds a single one of 64."""
-    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.compiler.is_compiling() or is_captured():
         return WORKSPACE_BYTES
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
-    return max(WORKSPACE_BYTES, min(free // 4, LARGEST_WORKSPACE_BYTES))
+    try:
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        share = (torch.cuda.mem_get_info(device)[0] + unused) // 4
+    except (RuntimeError, AssertionError):  # fake tensors, and no such device
+        return WORKSPACE_BYTES
+    # A power of two: products of other sizes may round otherwise, and free memory is never the same twice.
+    return min(max(WORKSPACE_BYTES, 1 << max(share.bit_length() - 1, 0)), LARGEST_WORKSPACE_BYTES)
 
 
 def heads_at_once(latent: torch.Tensor, num_heads: int, values_per_token: int) -> int:
@@ -628,16 +668,16 @@ def heads_at_once(latent: torch.Tensor, num_heads: int, values_per_token: int) -
 
 
 def query_slices(q: torch.Tensor, num_total: int, attend: Callable | None = None) -> list[slice]:
-    """All T new tokens of q (B, h, T, d), as many at a time as have scores against S tokens that fit the workspace; all
-    at once for a kernel that stores no scores."""
+    """All T new tokens of q (B, h, T, d), as many at a time as have scores against S tokens that fit the workspace; or
+    outputs, for a kernel that stores no scores."""
     num_new = q.shape[2]
-    if (
-        num_new == 1
-        or attend is latent_attention_whole
-        or (NO_TRITON is None and attend is latent_attention_triton)
-    ):
-        return [slice(0, num_new)]
-    step = queries_at_once(q, num_total)
+    if num_new == 1:
+        return [slice(0, 1)]
+    if attend is latent_attention_whole or (NO_TRITON is None and attend is latent_attention_triton):
+        per_query = q[:, :, 0].numel() * 8  # a part and the output; one part, where queries are many
+        step = max(1, workspace_bytes(q.device) // per_query)
+    else:
+        step = queries_at_once(q, num_total)
     return [slice(start, start + step) for start in range(0, num_new, step)]
 
 

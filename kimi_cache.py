@@ -139,6 +139,11 @@ def reserve(cache: Cache | None, layer_idx: int, latent: torch.Tensor, k_pe: tor
     layer = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
     if type(cache) is not DynamicCache or cache.offloading or type(layer) is not LatentLayer:
         return None
+    if layer.is_initialized:  # what does not fit is for `append` to refuse, before anything is written
+        for held, new in zip(cast(Pair, (layer.keys, layer.values)), (latent, k_pe), strict=True):
+            fits = held.shape[:2] == new.shape[:2] and held.shape[3] == new.shape[3]
+            if not (fits and held.dtype == new.dtype and held.device == new.device):
+                return None
     return None if is_recorded(latent, k_pe) else layer.reserve(latent, k_pe)
 
 

@@ -63,10 +63,22 @@ def why_not(operation: str, device: torch.device, dtype: torch.dtype, plain: Ref
         return finding(operation, str(device), dtype)
     key = operation, str(device), dtype
     if key not in FINDINGS:
-        if torch.cuda.is_current_stream_capturing():
+        # Fake tensors have no values to compare.
+        if type(torch.empty(0, device="cpu")) is not torch.Tensor or is_captured():
             return NOT_TRIED
-        FINDINGS[key] = compare(operation, device, dtype, plain)
+        try:
+            FINDINGS[key] = compare(operation, device, dtype, plain)
+        except torch.cuda.OutOfMemoryError as problem:  # says nothing about the kernels: another time, then
+            return f"there is no memory on {device} to try its kernels ({problem})"
     return FINDINGS[key]
+
+
+def is_captured() -> bool:
+    """Whether a CUDA graph is being made, in which nothing may ask the device."""
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:  # fake tensors on cuda, and a torch without it
+        return False
 
 
 @torch.compiler.assume_constant_result
@@ -86,6 +98,8 @@ def compare(operation: str, device: torch.device, dtype: torch.dtype, plain: Ref
     try:
         with torch.no_grad(), torch.device("cpu"):  # whatever default device or dtype a caller has set
             return SELF_TESTS[operation](device, dtype, plain)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as problem:  # whatever a compiler or driver may raise: the plain code still works
         reason = f"its kernels fail on {device} ({type(problem).__name__}: {problem})"
         logger.warning(f"{operation} runs in plain torch, slowly: triton is there, but {reason}")
@@ -108,6 +122,8 @@ def each_case(cases: Iterable[Any], unusable: set, device: torch.device, run: Ca
     for case in cases:
         try:
             run(case)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as problem:
             unusable.add(case.key)
             logger.warning(f"{case.name} is not used on {device} ({type(problem).__name__}: {problem})")
@@ -175,7 +191,7 @@ def try_silu_and_mul(device: torch.device, dtype: torch.dtype, plain: Reference)
 
 def try_add_rounded(device: torch.device, dtype: torch.dtype, plain: Reference) -> None:
     wide, other = random(3, 2048).to(device), random(3, 2048, seed=1).to(device, dtype)
-    check_agreement(add_rounded_triton(wide, other), plain(wide, other), "the sum")
+    check_agreement(add_rounded_triton(wide, other, dtype), plain(wide, other, dtype), "the sum")
 
 
 def try_route(device: torch.device, dtype: torch.dtype, plain: Reference) -> None:
@@ -216,9 +232,11 @@ def operator(name: str, function: Callable, fake: Callable) -> Any:
     """`function` as an operator of torch.library: torch.compile takes it whole, with `fake` for the shapes of its result.
 
     A module can run twice in a process, and registering a name again would leave the code compiled by then without it.
-    So the name holds what distinguishes one copy of this file from another, and is registered once.
+    So the name holds what distinguishes one copy of the files from another, and is registered once.
     """
-    copy = hashlib.sha256(__name__.encode() + Path(__file__).read_bytes()).hexdigest()[:12]
+    files = {__file__, function.__code__.co_filename}
+    texts = b"".join(Path(file).read_bytes() for file in sorted(files))
+    copy = hashlib.sha256(__name__.encode() + texts).hexdigest()[:12]
     namespace = getattr(torch.ops, f"kimi_{copy}")
     if not hasattr(namespace, name):
         torch.library.custom_op(f"kimi_{copy}::{name}", function, mutates_args=()).register_fake(fake)

@@ -85,8 +85,8 @@ def silu_and_mul_kernel(gate, up, output, COUNT, BLOCK: tl.constexpr):
     tl.store(output + i, (activated * u).to(output.dtype.element_ty), mask=i < COUNT)
 
 
-def add_rounded_triton(wide: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`wide` rounded to the dtype of `other`, plus `other`; both contiguous and of one shape."""
+def add_rounded_triton(wide: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`wide` rounded to `dtype`, which is that of `other`, plus `other`; both contiguous and of one shape."""
     output, count, block = torch.empty_like(other), other.numel(), 1024
     with on_device_of(other):
         add_rounded_kernel[(triton.cdiv(count, block),)](wide, other, output, count, BLOCK=block)

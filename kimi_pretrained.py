@@ -116,8 +116,10 @@ class KimiPretrainedMixin(Base):
 
     def _prepare_devices(self) -> None:
         # Not every parameter: the routers' biases are fp32, scales keep their dtype.
-        matrices = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
-        for device, dtype in {(matrix.device, matrix.dtype) for matrix in matrices}:
+        matrices = [
+            getattr(module, "weight", None) for module in self.modules() if isinstance(module, nn.Linear)
+        ]
+        for device, dtype in {(matrix.device, matrix.dtype) for matrix in matrices if matrix is not None}:
             prepare(device, dtype, self.plain_code)
 
     @classmethod
@@ -261,7 +263,10 @@ class OnEachDevice:
         device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
         if device is None:
             return self.shared
-        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if isinstance(device, int):
+            accelerator = torch.accelerator.current_accelerator()
+            device = torch.device("cuda" if accelerator is None else accelerator.type, device)
+        device = torch.device(device)
         if device not in self.copies:
             self.copies[device] = tree_map_only(torch.Tensor, lambda x: x.to(device), self.shared)
         return self.copies[device]

@@ -321,13 +321,18 @@ class SlotCache:
                 self.misses += 1
                 self.entries[key] = entry = Entry(slot)
                 heapq.heappush(self.ranking, (self._rank(key), next(self.tiebreak), key, entry))
-                entry.reads = self._start_reading(key, slot)
+                try:
+                    entry.reads = self._start_reading(key, slot)
+                except BaseException:  # an entry without reads would pass for one that is there
+                    del self.entries[key]
+                    self.free.append(slot)
+                    raise
             entry.pins += pin
             return entry
 
     def _start_reading(self, key: Key, slot: int) -> list[Future]:
         out = {name: stack[slot] for name, stack in self.stacks.items()}
-        after, put = self.leaving.pop(slot, []), cast(Put, put_at_once)
+        after, put = self.leaving.get(slot, []), cast(Put, put_at_once)
         if self.copies is not None:
             after, put = [], functools.partial(self.copies.put, [*after, *self.copies.last_uses()])
         tasks = self.source.tasks(key, out, put)

@@ -612,13 +612,13 @@ class MoE(nn.Module):
         self.experts.prefetch(topk_ids)
         shared = self.shared_experts(x)
         routed = self.experts(flat, topk_ids, topk_weights).view_as(x)
-        add = faster_add_rounded(routed, shared, add_rounded) or add_rounded
-        return add(routed, shared)
+        add = faster_add_rounded(routed, shared, x.dtype, add_rounded) or add_rounded
+        return add(routed, shared, x.dtype)
 
 
-def add_rounded(wide: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """A sum in fp32 rounded to the other's dtype, plus the other."""
-    return wide.to(other.dtype) + other
+def add_rounded(wide: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A sum in fp32, rounded, plus another. (Under autocast they differ in dtype.)"""
+    return wide.to(dtype) + other
 
 
 # --------------------------------------------------------------------------------------------------------------- layers

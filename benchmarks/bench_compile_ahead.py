@@ -186,7 +186,8 @@ def call_layer(new: int, capacity: int, dtype: torch.dtype = torch.bfloat16) -> 
     logits, bias = empty(new, EXPERTS, dtype=torch.float32), empty(EXPERTS, dtype=torch.float32)
     layer.route_triton(logits, bias, CHOICES, True, 2.827)
     layer.silu_and_mul_triton(empty(1, new, INNER, dtype=dtype), empty(1, new, INNER, dtype=dtype))
-    layer.add_rounded_triton(empty(1, new, WIDTH, dtype=torch.float32), empty(1, new, WIDTH, dtype=dtype))
+    wide, other = empty(1, new, WIDTH, dtype=torch.float32), empty(1, new, WIDTH, dtype=dtype)
+    layer.add_rounded_triton(wide, other, dtype)
 
 
 def generation() -> Iterator[tuple[int, int, int]]:

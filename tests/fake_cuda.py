@@ -82,7 +82,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 with pretended_triton():
     from kimi import kimi_gpu
 
-from kimi import kimi_vision  # noqa: E402
+from kimi import kimi_backends, kimi_vision, modeling_kimi  # noqa: E402
 from kimi.configuration_kimi import KimiK25Config  # noqa: E402
 from kimi.kimi_cache import append, new_cache  # noqa: E402
 from kimi.kimi_pretrained import set_stacked_names  # noqa: E402
@@ -189,6 +189,88 @@ def walk(model, devices, new, cached, mask=None, batch=1, static=False, **kwargs
     }
 
 
+def ask_for_kernels():
+    """Question -> whether a kernel is the answer: first what it takes, then what is left to plain torch."""
+
+    def on_gpu(*shape, dtype=torch.bfloat16, device="cuda:0", learns=False):
+        return torch.empty(shape, dtype=dtype, device=device, requires_grad=learns)
+
+    def norm(x, weight):
+        return kimi_backends.faster_rms_norm(x, weight, modeling_kimi.rms_norm)
+
+    def route(groups=1, device="cuda:0"):
+        logits, bias = on_gpu(2, 384, dtype=torch.float32), on_gpu(384, dtype=torch.float32, device=device)
+        return kimi_backends.faster_route(logits, bias, groups, modeling_kimi.choose_experts)
+
+    def rotate(q_pe, latent=None):
+        states = on_gpu(1, 1, 2, 512) if latent is None else latent, on_gpu(1, 1, 2, 64)
+        return kimi_backends.faster_rotate_and_append(q_pe, *states, modeling_kimi.rotate_pairs)
+
+    def add(dtype, **how):
+        wide, other = on_gpu(2, 64, dtype=torch.float32), on_gpu(2, 64, **how)
+        return kimi_backends.faster_add_rounded(wide, other, dtype, modeling_kimi.add_rounded)
+
+    x, weight, queries = on_gpu(2, 64), on_gpu(64), on_gpu(1, 64, 2, 64)
+    answers = {
+        "a norm": norm(x, weight),
+        "a router": route(),
+        "a rotation": rotate(queries),
+        "a sum": add(torch.bfloat16),
+        "a product": kimi_backends.faster_silu_and_mul(x, x, modeling_kimi.silu_and_mul),
+        "a norm that learns": norm(x, on_gpu(64, learns=True)),
+        "a norm of what learns": norm(on_gpu(2, 64, learns=True), weight),
+        "a norm in another dtype": norm(x, on_gpu(64, dtype=torch.float32)),
+        "a norm in fp64": norm(x.double(), weight.double()),
+        "a norm on two devices": norm(x, on_gpu(64, device="cuda:1")),
+        "a norm of nothing": norm(x[:0], weight),
+        "a norm of columns": norm(x.t(), on_gpu(2)),
+        "a norm wider than a program": norm(on_gpu(1, 20000), on_gpu(20000)),
+        "a router of groups": route(groups=8),
+        "a router on two devices": route(device="cuda:1"),
+        "a rotation of columns": rotate(queries.transpose(2, 3)),
+        "a rotation in another dtype": rotate(queries, on_gpu(1, 1, 2, 512, dtype=torch.float32)),
+        "a sum under autocast": add(torch.float32),
+        "a sum that learns": add(torch.bfloat16, learns=True),
+    }
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast asks for a card
+    answers["a norm under autocast"] = norm(x, weight)
+    torch.set_autocast_enabled("cuda", False)
+    with torch.autograd.forward_ad.dual_level():
+        answers["a norm with a tangent"] = norm(x, weight)
+    real, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+    answers["fake tensors beside a real card"] = norm(x, weight)
+    torch.cuda.is_available = real
+    return {question: answer is not None for question, answer in answers.items()}
+
+
+def walk_packed():
+    """Two sequences in one row, which positions alone tell apart: transformers makes the mask."""
+    model, devices = make_model(ONE * 2), ONE * 2
+    positions = torch.arange(8, device="cuda:0").remainder(4)[None]
+    masks = []
+    model.language_model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    walk(model, devices, 8, 0, use_cache=False, position_ids=positions)
+    return {"masked": masks[0] is not None}
+
+
+def refuse_wrong_batches(device):
+    """A cache of another batch: what is written must be refused before a kernel writes beyond it."""
+    model = make_model([device] * 2)
+    said = {}
+    for cached, new in ((1, 2), (2, 1)):
+        cache = filled_cache(model, [device] * 2, 8, batch=cached)
+        LAUNCHES.clear()
+        try:
+            model(input_ids=torch.zeros(new, 1, dtype=torch.long, device=device), past_key_values=cache)
+        except Exception as error:
+            said[f"{cached}, {new}"] = (
+                f"{type(error).__name__} after {LAUNCHES['rotate_and_append_kernel']} writes"
+            )
+    return said
+
+
 def walk_tower(vision, devices):
     """A picture of 4 x 4 patches and some text. The tower brings the grids to the host, once; fake ones say nothing."""
     kimi_vision.read_grids = lambda *given: [(1, 4, 4)]
@@ -274,6 +356,10 @@ def main(guard):
         for vision in TWO:
             record(f"tower on {vision}", walk_tower, vision, devices)
         record("compiled step, static", trace_static_step)
+        record("asked", ask_for_kernels)
+        with torch.no_grad():
+            record("wrong batches", refuse_wrong_batches, "cuda:0")
+        record("packed, no cache", walk_packed)
     print(json.dumps(results))
 
 

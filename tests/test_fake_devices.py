@@ -107,6 +107,22 @@ def test_a_chunk_is_expanded_many_heads_at_a_time(walks):
         assert walks[f"1 GPU, {name}"]["operations"]["mm"] <= 3 * 10
 
 
+def test_kernels_take_what_they_can_read_and_leave_the_rest(walks):
+    """Gradients, tangents, casts, strides, devices: a kernel sees addresses, and records nothing."""
+    asked = walks["asked"]
+    taken = {"a norm", "a router", "a rotation", "a sum", "a product"}
+    assert {question for question, is_kernel in asked.items() if is_kernel} == taken and len(asked) > 20
+
+
+def test_a_cache_of_another_batch_is_refused_before_a_kernel_writes(walks):
+    said = walks["wrong batches"]
+    assert set(said) == {"1, 2", "2, 1"} and all(text.endswith("after 0 writes") for text in said.values())
+
+
+def test_packed_sequences_keep_their_mask(walks):
+    assert walks["packed, no cache"] == {"masked": True}
+
+
 def test_a_compiled_step_takes_experts_and_attention_whole(walks):
     """In one graph, in which nothing is as large as a matrix of an expert: none is unpacked or copied."""
     step = walks["compiled step, static"]

@@ -58,7 +58,7 @@ def test_silu_and_mul(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_rounded(dtype):
     wide, other = torch.randn(3, 700, device=DEVICE), torch.randn(3, 700).to(DEVICE, dtype)
-    close(add_rounded_triton(wide, other), add_rounded(wide, other), dtype)
+    close(add_rounded_triton(wide, other, dtype), add_rounded(wide, other, dtype), dtype)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -87,7 +87,7 @@ def test_rotate_and_append(batch, heads, new, dtype):
     rope, width, room = 16, 24, 7
     q = torch.randn(batch, new, heads, 8 + rope).to(DEVICE, dtype).transpose(1, 2)
     compressed = torch.randn(batch, 1, new, width + rope).to(DEVICE, dtype)
-    angles = torch.randn(batch, new, rope // 2, device=DEVICE)
+    angles = torch.randn(new, batch, rope // 2, device=DEVICE).transpose(0, 1)  # as of positions that are
     cos, sin = angles.cos(), angles.sin()
     buffers = [torch.zeros(batch, 1, room + new + 2, w, dtype=dtype, device=DEVICE) for w in (width, rope)]
     places = [buffer[:, :, room : room + new] for buffer in buffers]

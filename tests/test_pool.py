@@ -708,3 +708,17 @@ def test_pooled_experts_are_made_on_meta_and_say_so():
     experts = PooledExperts(small_config().text_config, 1, pool)
     assert not list(experts.parameters()) and "in the pool" in repr(experts)
     assert {tensor.device.type for tensor in experts.templates.values()} == {"meta"}
+
+
+def test_a_slot_whose_reading_cannot_begin_is_free_again():
+    """Or else an expert that was never read would pass for one that is there."""
+
+    class Source:
+        def tasks(self, key, out, put):
+            raise OSError("no more threads")
+
+    cache = SlotCache(Source(), 2, {"w": ((4,), torch.float32)}, Worth(8.0, 1))
+    for _ in range(3):
+        with pytest.raises(OSError, match="no more threads"):
+            cache.claim((0, 1))
+    assert not cache.entries and len(cache.free) == 2 and not cache.num_cached()
