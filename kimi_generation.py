@@ -107,6 +107,8 @@ class KimiGenerationMixin(GenerationMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions (B or 1, T) of the new tokens, and where (T,) they go in the cache. Refuses too many of them."""
         num_tokens = inputs_embeds.shape[1]
+        if not num_tokens:
+            raise ValueError("there are 0 tokens to compute; give at least one.")
         check_length(past_length, num_tokens, self.config.text_config.max_position_embeddings)
         if cache_position is None:
             cache_position = torch.arange(num_tokens, device=inputs_embeds.device) + past_length

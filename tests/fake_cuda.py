@@ -243,6 +243,21 @@ def ask_for_kernels():
     return {question: answer is not None for question, answer in answers.items()}
 
 
+def walk_empty_batch():
+    LAUNCHES.clear()
+    layer = make_model(ONE * 2).language_model.model.layers[1]
+    matrices = [layer.mlp.experts.matrices(name) for name in layer.mlp.experts.shapes]
+    states, weights = (torch.empty(0, 7168, dtype=torch.bfloat16, device="cuda:0") for _ in range(2))
+    plain = modeling_kimi.run_experts
+    assert kimi_backends.faster_experts("auto", states, weights, matrices, plain) is None
+    cache = (torch.empty(0, 1, 1, width, dtype=torch.bfloat16, device="cuda:0") for width in (512, 64))
+    queries = torch.empty(0, 64, 1, 512, dtype=torch.bfloat16, device="cuda:0")
+    plain = modeling_kimi.latent_attention
+    assert kimi_backends.faster_latent_attention("auto", queries, *cache, False, plain) is None
+    assert layer.input_layernorm(states).shape == states.shape
+    return {"launches": dict(LAUNCHES)}
+
+
 def walk_packed():
     """Two sequences in one row, which positions alone tell apart: transformers makes the mask."""
     model, devices = make_model(ONE * 2), ONE * 2
@@ -360,6 +375,7 @@ def main(guard):
         with torch.no_grad():
             record("wrong batches", refuse_wrong_batches, "cuda:0")
         record("packed, no cache", walk_packed)
+        record("empty batch", walk_empty_batch)
     print(json.dumps(results))
 
 

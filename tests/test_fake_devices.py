@@ -119,6 +119,11 @@ def test_a_cache_of_another_batch_is_refused_before_a_kernel_writes(walks):
     assert set(said) == {"1, 2", "2, 1"} and all(text.endswith("after 0 writes") for text in said.values())
 
 
+def test_an_empty_batch_is_left_to_plain_torch(walks):
+    """A grid of no programs cannot be launched."""
+    assert not any(walks["empty batch"]["launches"].values())
+
+
 def test_packed_sequences_keep_their_mask(walks):
     assert walks["packed, no cache"] == {"masked": True}
 

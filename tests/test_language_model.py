@@ -239,6 +239,8 @@ def test_bad_ids_lengths_and_arguments_are_named(model):
     with pytest.raises(ValueError, match="token id -1 lies outside the vocabulary of 48 tokens"):
         model.generate(torch.tensor([[-1, 3]]), max_new_tokens=1)
     model.config.text_config.max_position_embeddings = 20
+    with pytest.raises(ValueError, match="there are 0 tokens to compute; give at least one"):
+        model(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="21 tokens exceed max_position_embeddings 20"):
         model.generate(IDS, max_new_tokens=1)
     with pytest.raises(ValueError, match="21 tokens exceed max_position_embeddings 20"):
