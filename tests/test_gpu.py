@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from builders import skip_unless_interpretable, small_config
 from kimi import kimi_gpu
@@ -88,6 +89,33 @@ def test_whatever_a_test_raises_is_a_reason(card, monkeypatch, caplog):
         " Hardware limit: 101376)"
     )
     assert f"experts runs in plain torch, slowly: triton is there, but {reason}" in caplog.text
+
+
+def test_a_full_card_says_nothing_about_kernels(card, monkeypatch):
+    """Right behind loading it is fullest; another time they are tried again."""
+    answers = [torch.cuda.OutOfMemoryError("CUDA out of memory"), None]
+
+    def once_too_full(device, dtype, plain):
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    def run(case):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(kimi_gpu.SELF_TESTS, "experts", once_too_full)
+    given = "experts", CUDA, torch.bfloat16, PLAIN_CODE["experts"]
+    assert why_not(*given) == "there is no memory on cuda:0 to try its kernels (CUDA out of memory)"
+    assert why_not(*given) is None and not answers
+    unusable = set()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        kimi_gpu.each_case([None], unusable, CUDA, run)
+    assert not unusable
+
+
+def test_fake_tensors_are_compared_with_nothing(card):
+    with FakeTensorMode():
+        assert why_not("experts", CUDA, torch.bfloat16, PLAIN_CODE["experts"]) == NOT_TRIED
+    assert not card and not kimi_gpu.FINDINGS
 
 
 def test_a_configuration_that_fails_is_left_out(caplog):
