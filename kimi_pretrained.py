@@ -263,13 +263,18 @@ class OnEachDevice:
         device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
         if device is None:
             return self.shared
-        if isinstance(device, int):
-            accelerator = torch.accelerator.current_accelerator()
-            device = torch.device("cuda" if accelerator is None else accelerator.type, device)
-        device = torch.device(device)
+        device = torch.device(accelerator_type(), device) if isinstance(device, int) else torch.device(device)
         if device not in self.copies:
             self.copies[device] = tree_map_only(torch.Tensor, lambda x: x.to(device), self.shared)
         return self.copies[device]
+
+
+def accelerator_type() -> str:
+    """What a number in a device map is a number of."""
+    found = (
+        torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    )  # from torch 2.6 on
+    return "cuda" if found is None else found.type
 
 
 def only_moves_inputs(module: nn.Module) -> bool:

@@ -5,11 +5,13 @@ import itertools
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from builders import skip_unless_interpretable, small_config
 from kimi import kimi_gpu
 from kimi.kimi_gpu import FINDINGS, KERNEL_DTYPES, NOT_TRIED, SELF_TESTS, compare, operator, prepare, why_not
+from kimi.kimi_pretrained import OnEachDevice, accelerator_type
 from kimi.modeling_kimi import PLAIN_CODE, KimiK25ForConditionalGeneration
 
 CUDA = torch.device("cuda", 0)
@@ -146,6 +148,30 @@ def test_a_model_is_prepared_when_it_moves(monkeypatch):
         assert asked == [(weight.device, weight.dtype, PLAIN_CODE)], (
             "once, though the routers have fp32 biases"
         )
+
+
+# ---------------------------------------------------------------------------------------------------------- device maps
+
+
+def test_shared_tensors_are_copied_once_to_each_device():
+    """Whatever form a device map gives a device; layers without a hook get the tensors as they are."""
+    angles = torch.zeros(2), torch.ones(2)
+    shared = OnEachDevice(position_embeddings=angles, attention_mask=None, lengths=torch.ones(1))
+    plain, first, second = (torch.nn.Identity() for _ in range(3))
+    add_hook_to_module(first, AlignDevicesHook(execution_device="meta"))
+    add_hook_to_module(second, AlignDevicesHook(execution_device=torch.device("meta")))
+    assert shared.for_layer(plain)["position_embeddings"] is angles
+    there = shared.for_layer(first)
+    assert there is shared.for_layer(second) and there["attention_mask"] is None
+    assert {tensor.device.type for tensor in (*there["position_embeddings"], there["lengths"])} == {"meta"}
+
+
+@pytest.mark.parametrize("found", [None, torch.device("xpu")])
+def test_a_number_is_a_number_of_the_accelerator(found, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
+    assert accelerator_type() == ("cuda" if found is None else "xpu")
+    monkeypatch.delattr(torch, "accelerator")
+    assert accelerator_type() == "cuda"
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
