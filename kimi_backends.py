@@ -93,7 +93,7 @@ EXPERT_ROWS, EXPERT_ROWS_BESIDE_TILES = 16, 3
 ABSORB_UP_TO, ABSORB_UP_TO_ON_CPU = 128, 48
 
 NO_WEIGHTS = "it makes no attention weights, which attn_implementation='eager' returns"
-NOTHING = "there is nothing to compute"
+NO_ROWS = "there is nothing to compute"
 NO_MEMORY = "it takes PyTorch's own tensors, not a subclass, which may have no memory of its own"
 
 MLP_ROWS = 4096  # of a long prompt at once: inner values are wider than the stream
@@ -336,7 +336,7 @@ def faster_latent_attention(
     elif forced == "sdpa":
         return latent_attention_sdpa
     elif 0 in q_latent.shape:
-        reason = NOTHING
+        reason = NO_ROWS
     elif not torch.compiler.is_compiling() and not has_memory(q_latent, latent, k_pe):
         reason = NO_MEMORY
     elif is_recorded(q_latent, latent, k_pe):
@@ -490,7 +490,7 @@ def why_not_experts_by_triton(
     if is_recorded(x, topk_weights, *scales):
         return "it computes no gradients"
     if 0 in x.shape:
-        return NOTHING
+        return NO_ROWS
     if not torch.compiler.is_compiling() and not has_memory(
         x, *scales, *(matrix.weight for matrix in matrices)
     ):

@@ -271,9 +271,9 @@ class OnEachDevice:
 
 def accelerator_type() -> str:
     """What a number in a device map is a number of."""
-    found = (
-        torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
-    )  # from torch 2.6 on
+    if not hasattr(torch, "accelerator"):  # before torch 2.6
+        return "cuda"
+    found = torch.accelerator.current_accelerator()
     return "cuda" if found is None else found.type
 
 
