@@ -31,13 +31,14 @@ in the environment before this file is imported runs it on the CPU, slowly. Flas
 for long-context inference", 2023; online softmax: Milakov and Gimelshein, arXiv:1805.02867.
 """
 
-import contextlib
 import math
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
+from .kimi_layer_triton import on_device_of
 
 try:  # inside `try`, the remote-code loader does not take triton for a hard requirement
     import triton
@@ -107,7 +108,7 @@ def latent_attention_triton(
     output = torch.empty(q_latent.shape, dtype=dtype, device=q_latent.device)
     # Without a mask the kernel reads none; it only needs some pointer.
     mask_pointer, mask_strides = (q_latent, (0, 0, 0)) if mask is None else mask_arguments(mask)
-    with torch.cuda.device(q_latent.device) if q_latent.is_cuda else contextlib.nullcontext():
+    with on_device_of(q_latent):
         partial_kernel[(row_blocks, splits, batch)](
             q_latent,
             q_pe,

@@ -215,8 +215,10 @@ def causal_mask(
     transformers makes the mask, but on a GPU it would wait for a look at a 2-D one, in each forward, and a mask made for
     a chunk of a prompt keeps SDPA from its fast kernels.
     """
-    past_length = cached_length(past_key_values)
-    if inputs_embeds.is_cuda and config._attn_implementation == "sdpa" and isinstance(past_length, int):
+    on_gpu = inputs_embeds.is_cuda and config._attn_implementation == "sdpa"
+    # Of a static one 4.57 counts the tokens by reading it.
+    past_length = cached_length(past_key_values) if on_gpu and not is_static(past_key_values) else None
+    if isinstance(past_length, int):
         unpacked = past_key_values is not None or position_ids is None  # packed sequences begin to count anew
         if attention_mask is None and unpacked and not torch.compiler.is_compiling():
             return None, past_length
@@ -256,9 +258,13 @@ def filled_lengths(
 ) -> torch.Tensor | None:
     """(B,) tokens of each sequence with the new ones, on their device, for a static cache, whose tensors are as long as
     its capacity."""
-    if cache is None or cache_position is None or not isinstance(next(iter(cache.layers), None), StaticLayer):
+    if cache_position is None or not is_static(cache):
         return None
     return (cache_position[-1:] + 1).repeat(batch)  # kernels read it as B numbers side by side
+
+
+def is_static(cache: Cache | None) -> bool:
+    return cache is not None and isinstance(next(iter(cache.layers), None), StaticLayer)
 
 
 def made_by_transformers(

@@ -70,10 +70,8 @@ class KimiGenerationMixin(GenerationMixin):
         mask = kwargs.get("attention_mask")
         if mask is not None:
             return mask.ndim == 2 and bool(mask.all())
-        pads = {kwargs.get("pad_token_id"), settings.pad_token_id, self.generation_config.pad_token_id} - {
-            None
-        }
-        return prompt is not None and not any(bool((prompt == pad).any()) for pad in pads)
+        pads = {kwargs.get("pad_token_id"), settings.pad_token_id, self.generation_config.pad_token_id}
+        return prompt is not None and not any(bool((prompt == pad).any()) for pad in pads - {None})
 
     def _take_media(self, prompt: Tensor | None, kwargs: dict[str, Any]) -> "PromptMedia | None":
         """Takes pixel_values and grid_thws out of the keywords of generate()."""

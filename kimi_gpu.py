@@ -57,8 +57,6 @@ def why_not(operation: str, device: torch.device, dtype: torch.dtype, plain: Ref
     """None if the kernels run on this device and agree with `plain`, which is tried once."""
     if NO_TRITON is not None or device.type != "cuda":
         return NO_TRITON or f"its tensors are on {device}"
-    if operation == "route":
-        dtype = torch.float32  # of logits, whatever the model's is
     if torch.compiler.is_compiling():
         return finding(operation, str(device), dtype)
     key = operation, str(device), dtype
@@ -91,7 +89,8 @@ def prepare(device: torch.device, dtype: torch.dtype, plain_code: Mapping[str, R
     """Tries the kernels of all operations on a device, where that was not done before. `plain_code` by operation."""
     if device.type == "cuda" and dtype in KERNEL_DTYPES:
         for operation, plain in plain_code.items():
-            why_not(operation, device, dtype, plain)
+            # Logits are fp32, whatever the model is.
+            why_not(operation, device, torch.float32 if operation == "route" else dtype, plain)
 
 
 def compare(operation: str, device: torch.device, dtype: torch.dtype, plain: Reference) -> str | None:

@@ -43,13 +43,14 @@ search at the first call breaks graph capture and makes start-up slow.
 TRITON_INTERPRET=1 in the environment before this file is imported runs all of it on the CPU, slowly.
 """
 
-import contextlib
 import math
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+
+from .kimi_layer_triton import on_device_of
 
 try:  # inside `try`, the remote-code loader does not take triton for a hard requirement
     import triton
@@ -191,13 +192,6 @@ def check(
             raise ValueError(f"{name}: words and scales must be contiguous; a copy would double the weights.")
         if words.device != x.device or scales.device != x.device:
             raise ValueError(f"{name} is on {words.device}, x on {x.device}.")
-
-
-@contextlib.contextmanager
-def on_device_of(x: torch.Tensor) -> Iterator[None]:
-    """Triton launches on the current device, which under a device_map need not be the one that holds x."""
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        yield
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -19,8 +19,8 @@ TRITON = ("kimi_attention_triton", "kimi_int4_triton", "kimi_layer_triton")
 # What may be imported, by layer from the bottom up: a file imports from layers below its own.
 LAYERS = (
     {"configuration_kimi"},
-    {"kimi_int4", "kimi_files", "kimi_machine", "kimi_cpu_source"},
-    {"kimi_safetensors", "kimi_sizes", "kimi_cpu", *TRITON},
+    {"kimi_int4", "kimi_files", "kimi_machine", "kimi_cpu_source", "kimi_layer_triton"},
+    {"kimi_safetensors", "kimi_sizes", "kimi_cpu", "kimi_attention_triton", "kimi_int4_triton"},
     {"kimi_gpu"},
     {"kimi_backends"},
     {"kimi_cache", "kimi_vision", "kimi_experts", "kimi_slots", "kimi_usage"},
